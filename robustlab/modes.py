@@ -1,0 +1,91 @@
+"""Contexts that put a model into a state for a while and take it back exactly, also when something raises."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BN = (nn.modules.batchnorm._BatchNorm,)
+
+
+def unwrap(f: Any) -> Any:
+    """The module behind a callable that wraps one (precision), else the callable itself."""
+    return getattr(f, "module", f) if not isinstance(f, nn.Module) else f
+
+
+@contextlib.contextmanager
+def frozen(f: Any) -> Iterator[None]:
+    """No parameter of ``f`` requires a gradient inside."""
+    f = unwrap(f)
+    params = [p for p in f.parameters() if p.requires_grad] if isinstance(f, nn.Module) else []
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def bn_mode(f: Any, mode: str) -> Iterator[None]:
+    """Run ``f`` in ``eval`` mode, or in train mode with (``train-update``) or without (``train-noupdate``) new statistics.
+
+    ``train-noupdate`` normalises with the batch's own statistics and leaves the running ones untouched, exactly.
+    Every module's own training flag is restored.
+    """
+    f = unwrap(f)
+    if not isinstance(f, nn.Module):
+        yield
+        return
+    modules = list(f.modules())
+    flags = [m.training for m in modules]
+    tracking: list[tuple[nn.Module, bool]] = []
+    try:
+        f.train(mode != "eval")
+        if mode == "train-noupdate":
+            for m in modules:
+                if isinstance(m, _BN):
+                    tracking.append((m, m.track_running_stats))
+                    m.track_running_stats = False
+        yield
+    finally:
+        for m, track in tracking:
+            m.track_running_stats = track  # type: ignore[assignment]
+        for m, flag in zip(modules, flags, strict=True):
+            m.training = flag
+
+
+@contextlib.contextmanager
+def ambient(seed: int) -> Iterator[None]:
+    """The global generators (dropout, drop path) start from ``seed`` inside, and go on outside as if nothing had happened."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def perturbed(params: Mapping[str, Tensor] | list[Tensor], deltas: list[Tensor]) -> Iterator[None]:
+    """Weights plus deltas inside; the weights come back by copy, bit for bit.
+
+    The autocast cache is cleared on both edges: a cached low-precision copy of the old weights would make the perturbation
+    disappear without a word.
+    """
+    leaves = list(params.values()) if isinstance(params, Mapping) else params
+    saved = [p.detach().clone() for p in leaves]
+    try:
+        with torch.no_grad():
+            for p, d in zip(leaves, deltas, strict=True):
+                p.add_(d)
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        with torch.no_grad():
+            for p, s in zip(leaves, saved, strict=True):
+                p.copy_(s)
+        torch.clear_autocast_cache()

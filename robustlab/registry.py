@@ -1,0 +1,122 @@
+"""Names. A part is one file in an axis folder: a class under ``@register``; importing the folder finds it.
+
+Other packages register through the entry-point group ``robustlab.parts``: each entry point names a module, and importing
+the module runs its decorators.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from robustlab.types import Part, UserError
+
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "attack": ("attacks",),
+    "stage": ("attacks", "augment", "mixing", "labels", "latent"),
+    "objective": ("objectives",),
+    "regularizer": ("regularizers",),
+    "gradient": ("weight_perturbation",),
+    "averaging": ("averaging",),
+    "trainer": ("trainers",),
+    "suite": ("suites",),
+    "corruption": ("corruptions",),
+    "model": ("models",),
+    "dataset": ("data",),
+    "optimizer": ("training",),
+    "schedule": ("training",),
+}
+PLURAL = {"gradient": "gradients", "averaging": "averaging"}
+
+_entries: dict[str, dict[str, type[Part]]] = {kind: {} for kind in FOLDERS}
+_loaded: set[str] = set()
+P = TypeVar("P", bound=type[Part])
+
+
+def register(name: str, *, cite: str = "") -> Callable[[P], P]:
+    """Class decorator: make a frozen keyword-only dataclass of the part and give it its name.
+
+    Args:
+        name: what configurations call it; kebab-case for trainers, snake_case for models and corruptions.
+        cite: the paper, as "Authors, venue year, arXiv:number".
+
+    Raises:
+        ValueError: the name is taken by another class, or the class has no docstring.
+    """
+
+    def decorate(cls: P) -> P:
+        cls = dataclass(frozen=True, kw_only=True)(cls)
+        if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):
+            raise ValueError(f"{cls.__qualname__}: a part needs a docstring; it is what `robustlab explain {name}` prints")
+        other = _entries[cls.kind].get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the {cls.kind} '{name}' is already registered by {other.__module__}")
+        cls.name, cls.cite = name, cite
+        _entries[cls.kind][name] = cls
+        return cls
+
+    return decorate
+
+
+def _load(kind: str) -> None:
+    if kind in _loaded:
+        return
+    _loaded.add(kind)
+    for folder in FOLDERS[kind]:
+        package = importlib.import_module(f"robustlab.{folder}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"robustlab.{folder}.{module.name}")
+    for point in importlib.metadata.entry_points(group="robustlab.parts"):
+        point.load()
+
+
+def entries(kind: str) -> dict[str, type[Part]]:
+    """All parts of a kind by name, sorted."""
+    _load(kind)
+    return dict(sorted(_entries[kind].items()))
+
+
+def lookup(kind: str, name: str) -> type[Part]:
+    """The class behind a name.
+
+    Raises:
+        UserError: no such name; the line offers the nearest one.
+    """
+    known = entries(kind)
+    if name not in known:
+        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+    return known[name]
+
+
+def nearest(word: object, known: object) -> str:
+    """`` (did you mean 'pgd'?)``, or nothing when no known word is near."""
+    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def kind_of(word: str) -> str:
+    """The kind that a singular or plural word names (``attacks`` -> ``attack``).
+
+    Raises:
+        UserError: no such kind.
+    """
+    for kind in FOLDERS:
+        if word in (kind, plural(kind)):
+            return kind
+    names = [plural(k) for k in FOLDERS]
+    raise UserError(f"unknown kind '{word}'{nearest(word, names)}; expected one of {', '.join(names)}")
+
+
+def plural(kind: str) -> str:
+    return PLURAL.get(kind, f"{kind}s")
+
+
+def summary(cls: type) -> str:
+    """The first sentence of a part's docstring."""
+    return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")

@@ -1,0 +1,572 @@
+"""The words of robustlab: views, taps, terms, parts, threat models, and the classifier contract.
+
+A classifier maps images in [0, 1] of shape (N, C, H, W) to logits (N, K); normalisation is its first layer.
+A target ``y`` is a matrix of class probabilities (N, K); integer labels become one-hot at the door.
+Every configurable thing is a *part*: a frozen dataclass whose fields are its configuration. The base classes below
+say what each kind of part must be able to do; the registry finds them by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor, nn
+
+from robustlab.modes import frozen
+from robustlab.rng import Rng
+
+Norm = Literal["linf", "l2", "l1", "l0"]
+BnMode = Literal["eval", "train-noupdate", "train-update"]
+Fidelity = Literal["code-verified", "paper-verified", "reconstructed"]
+
+# Ranges that fields use; pydantic reads the annotations, nothing else does.
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Le(1)]
+OpenFraction = Annotated[float, Ge(0), Lt(1)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+
+Classifier = Callable[[Tensor], Tensor]
+
+
+class UserError(ValueError):
+    """Something the user gave is wrong: one clear line each, never a traceback. The command line exits with 2."""
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = tuple(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- threats
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the adversary may do to an image.
+
+    Attributes:
+        norm: the p-norm of the perturbation.
+        eps: its radius, in units of [0, 1] pixels (``8/255`` is accepted in YAML).
+    """
+
+    norm: Norm = "linf"
+    eps: float = 8 / 255
+    bounds: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_radius(self.norm, self.eps)
+
+
+def check_radius(norm: str, eps: float | None) -> None:
+    """Raise ``ValueError`` unless ``eps`` is a possible radius of ``norm`` for pixels in [0, 1]."""
+    if eps is None or not isinstance(eps, int | float):
+        return
+    if not math.isfinite(eps) or eps < 0:
+        raise ValueError(f"eps must be a finite number >= 0, got {eps}")
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps is in [0, 1] pixel units: for linf {eps:g} is more than the whole range; did you mean {eps:g}/255?")
+
+
+# ------------------------------------------------------------------------------------------------------- views, terms
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A function that acts inside one forward pass.
+
+    Attributes:
+        site: the name of a layer (a unique dotted suffix is enough), or ``"input"``, or ``"features"`` (what the last
+            linear layer is given).
+        fn: acts on the layer's output, its first input, or ``(args, kwargs)``; tensors arrive in float32.
+        where: ``"output"``, ``"input"`` or ``"kwargs"``.
+    """
+
+    site: str
+    fn: Callable[..., Any]
+    where: Literal["output", "input", "kwargs"] = "output"
+
+
+@dataclass(frozen=True)
+class View:
+    """One version of the batch.
+
+    Attributes:
+        x: images (N, C, H, W) in [0, 1].
+        y: class probabilities (N, K).
+        key: tickets (N,), int64: the samples' positions in the seeded sample stream. Random draws are keyed by them.
+        index: positions in the data set (N,), int64, for stores; None where rows are no longer samples.
+        weight: per-sample loss weights (N,), or None.
+        taps: what acts inside a forward of this view.
+        info: by-products of a stage, such as the attack's last gradient.
+    """
+
+    x: Tensor
+    y: Tensor
+    key: Tensor
+    index: Tensor | None = None
+    weight: Tensor | None = None
+    taps: tuple[Tap, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+Views = dict[str, View]
+
+
+@dataclass(frozen=True)
+class Term:
+    """A named piece of the loss. Only ``Outer`` reduces it, to ``coef * mean(weight * value)``.
+
+    Attributes:
+        value: per-sample losses (N,), or a scalar () for losses that couple the batch.
+        coef: its coefficient.
+        weight: per-sample weights (N,), not renormalised.
+    """
+
+    value: Tensor
+    coef: float = 1.0
+    weight: Tensor | None = None
+
+
+Terms = dict[str, Term]
+Shard = tuple[Views, Rng]  # one micro-batch and its randomness
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a part with memory is given to make its state.
+
+    Attributes:
+        f: the classifier in training.
+        num_classes: K.
+        num_samples: size of the training set.
+        image_shape: (C, H, W).
+        create_model: builds another model from a name and keyword arguments.
+    """
+
+    f: nn.Module
+    num_classes: int
+    num_samples: int
+    image_shape: tuple[int, int, int]
+    create_model: Callable[..., nn.Module] | None = None
+
+
+@runtime_checkable
+class World(Protocol):
+    """The processes that train together. On one process every method is the identity."""
+
+    rank: int
+    size: int
+
+    def mean_(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Average the tensors over the processes, in place."""
+        ...
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenate the tensor over the processes along the first dimension."""
+        ...
+
+
+class Alone:
+    """The world of a single process."""
+
+    rank = 0
+    size = 1
+
+    def mean_(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class Forward(Protocol):
+    """How losses call the classifier; see ``robustlab.outer.Forward``."""
+
+    rng: Rng
+
+    def __call__(self, view: str | View, *, params: Mapping[str, Tensor] | None = None) -> Tensor: ...
+
+    def features(self, name: str) -> Tensor: ...
+
+
+class Loss(Protocol):
+    """The whole loss of one micro-batch. It may be evaluated again: same taps, same noise, same dropout."""
+
+    world: World
+
+    def __call__(self, shard: Shard, *, stats: bool, sync: bool) -> tuple[Tensor, Terms]: ...
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+class Part:
+    """Base of everything that has a name in a configuration: a frozen dataclass, registered under its kind.
+
+    A part with memory defines ``init_state(ctx) -> nn.Module``; it then gets that module as its last argument, may read
+    it and stage values in it, and writes only in ``commit(state, world)``, once per step.
+    """
+
+    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # set by the registry
+    cite: ClassVar[str] = ""  # set by the registry
+
+
+class Attack(Part):
+    """Searches for a perturbation. Subclasses define :meth:`run`.
+
+    Attributes:
+        norm, eps: the threat model; ``None`` takes the one of the surrounding configuration.
+        coupled: True when the result for a sample depends on the other samples of its batch.
+    """
+
+    kind: ClassVar[str] = "attack"
+    coupled: ClassVar[bool] = False
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+
+    norm: Norm | None
+    eps: float | None
+
+    def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
+        """Attack a batch.
+
+        Args:
+            f: the classifier, in the mode in which it is to be attacked.
+            x: images (N, C, H, W) in [0, 1].
+            y: class probabilities (N, K).
+            rng: randomness bound to the samples' tickets.
+
+        Returns:
+            The adversarial images and a dict of by-products (``grad``: the last input gradient (N, C, H, W) if the attack
+            computed one; whatever else the attack documents).
+        """
+        raise NotImplementedError
+
+    def __call__(self, f: Classifier, x: Tensor, y: Tensor, *, seed: int = 0, index: Tensor | None = None) -> Tensor:
+        """Attack images and return the adversarial ones.
+
+        Args:
+            f: classifier; put it in eval mode first.
+            x: images (N, C, H, W) in [0, 1], floating point.
+            y: labels (N,) or probabilities (N, K).
+            seed: of all draws.
+            index: (N,) identities of the samples, by which draws are keyed; 0, 1, 2, ... if not given.
+
+        Raises:
+            ValueError: images outside [0, 1] or not four-dimensional, labels out of range, no radius.
+        """
+        if self.eps is None or self.norm is None:
+            raise ValueError(f"{self.name}: give norm and eps, for example norm='linf', eps=8/255")
+        check_images(x)
+        if isinstance(f, nn.Module) and f.training:
+            warnings.warn(f"{self.name}: the model is in training mode; call model.eval() first", stacklevel=2)
+        if len(x) == 0:
+            return x.clone()
+        with frozen(f):
+            if y.ndim == 1:
+                with torch.no_grad():
+                    y = one_hot(y, f(x[:1]).shape[-1], x.dtype)
+            tickets = torch.arange(len(x), device=x.device) if index is None else index
+            return self.run(f, x, y, Rng(seed).child("attack", self.name).at(tickets))[0]
+
+
+class Stage(Part):
+    """Turns views into views: crafting, mixing, augmenting, refining labels. Fields ``on`` and ``to`` name views."""
+
+    kind: ClassVar[str] = "stage"
+    coupled: ClassVar[bool] = False
+
+    def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
+        raise NotImplementedError
+
+
+class Objective(Part):
+    """The main loss: ``(forward, views) -> {name: Term}``, pure."""
+
+    kind: ClassVar[str] = "objective"
+    coupled: ClassVar[bool] = False
+    features: ClassVar[tuple[str, ...]] = ()  # views whose pre-logits are needed
+    double_backward: ClassVar[bool] = False
+
+    def __call__(self, forward: Forward, views: Views) -> Terms:
+        raise NotImplementedError
+
+
+class Regularizer(Objective):
+    """A further loss, added to any objective."""
+
+    kind: ClassVar[str] = "regularizer"
+
+
+class GradientRule(Part):
+    """Fills ``.grad``: at the weights, at the worst weights nearby, as a mix of both, or per shard."""
+
+    kind: ClassVar[str] = "gradient"
+
+    def __call__(self, f: nn.Module, loss: Loss, shards: Sequence[Shard], rng: Rng) -> dict[str, Tensor]:
+        """Returns the named terms' values, detached, averaged over the shards; ``"loss"`` is their total."""
+        raise NotImplementedError
+
+
+class Averaging(Part):
+    """What is evaluated instead of the live weights."""
+
+    kind: ClassVar[str] = "averaging"
+
+    def init_state(self, ctx: Context) -> nn.Module:
+        raise NotImplementedError
+
+    def update(self, state: nn.Module, f: nn.Module) -> None:
+        """Called after each optimizer step."""
+        raise NotImplementedError
+
+    def averaged(self, state: nn.Module, f: nn.Module) -> nn.Module:
+        """The module to evaluate, export and rank."""
+        raise NotImplementedError
+
+
+class Schedule(Part):
+    """A number that depends on time."""
+
+    kind: ClassVar[str] = "schedule"
+
+    def at(self, epoch: float, epochs: float) -> float:
+        """The value after ``epoch`` of ``epochs`` epochs (fractions allowed)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer(Part):
+    """A training method: a named composition. One paper is one subclass that sets the defaults.
+
+    Attributes:
+        inner: stages run once per step, in order: ``x~ = mix(x); x' = argmax L(f(x~ + d), y~)``.
+        objective: the loss on the views that the stages left.
+        regularizers: further losses, added up.
+        gradient: where the gradient is taken (plain, AWP, ...).
+        averaging: what is evaluated instead of the live weights (EMA), or none.
+        attack_bn: BatchNorm mode during ``inner``.
+        bn_updates: the views whose forward passes update BatchNorm's running statistics.
+        joint: groups of views that share one forward pass, and so their batch statistics.
+        allow_shards: accept micro-batches or several processes although a part couples the batch.
+    """
+
+    kind: ClassVar[str] = "trainer"
+    fidelity: ClassVar[Fidelity] = "reconstructed"
+    passes: ClassVar[str] = ""  # cost per sample, in the words of `explain`
+
+    inner: tuple[Stage, ...] = ()
+    objective: Objective
+    regularizers: tuple[Regularizer, ...] = ()
+    gradient: GradientRule
+    averaging: Averaging | None = None
+    attack_bn: BnMode = "eval"
+    bn_updates: tuple[str, ...] = ("clean",)
+    joint: tuple[tuple[str, ...], ...] = ()
+    allow_shards: bool = False
+
+    def at(self, epoch: float, epochs: float) -> Trainer:
+        """This trainer with every scheduled number at its value of that time."""
+        return resolve_schedules(self, epoch, epochs)
+
+
+class Model(Part):
+    """An architecture: ``build()`` makes the classifier, its normalisation inside."""
+
+    kind: ClassVar[str] = "model"
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class Corruption(Part):
+    """A common corruption: ``(x, severity, rng) -> x``, batched, seeded, on the device of ``x``."""
+
+    kind: ClassVar[str] = "corruption"
+
+    def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
+        """Corrupt images (N, C, H, W) in [0, 1] at a severity of 1 to 5; the result lies on the uint8 grid."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite(Part):
+    """An ordered list of attacks and corruptions. A sample is robust when it survives every attack.
+
+    Attributes:
+        attacks: run in order; a sample that one of them breaks is not given to the next.
+        corruptions: each is scored by itself, at every severity.
+        severities: of the corruptions, 1 to 5.
+        norms, eps: threat models to run the attacks under; empty means the one that the caller names.
+        num_examples: how many test images, from the first; None means all, or what the caller names.
+        seed: of all draws; None means what the caller names.
+    """
+
+    kind: ClassVar[str] = "suite"
+
+    attacks: tuple[Attack, ...] = ()
+    corruptions: tuple[Corruption, ...] = ()
+    severities: tuple[Annotated[int, Ge(1), Le(5)], ...] = (1, 2, 3, 4, 5)
+    norms: tuple[Norm, ...] = ()
+    eps: tuple[NonNegative, ...] = ()
+    num_examples: Count | None = None
+    seed: int | None = None
+
+
+class ImageSet(Protocol):
+    """Labelled images that can be visited in any order."""
+
+    labels: Tensor  # (N,), int64, on the CPU
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self, index_batches: Iterable[Tensor], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each vector of positions: images (n, C, H, W) float32 in [0, 1], labels (n,) int64, the positions (n,) int64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set, loaded.
+
+    Attributes:
+        train, validation, test: disjoint; training never sees test.
+        class_names: K names.
+        image_shape: (C, H, W).
+        mean, std: per channel, of the training images in [0, 1].
+        fingerprint: a hash of the test images and labels, for provenance.
+    """
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Part):
+    """A source of images.
+
+    Attributes:
+        root: folder with the files; None takes ``--data-root``, then ``$ROBUSTLAB_DATA``, then ``~/.cache/robustlab``.
+        augment: stages applied to the training batch before everything else, such as ``flip_crop``.
+    """
+
+    kind: ClassVar[str] = "dataset"
+
+    root: str | None = None
+    augment: tuple[Stage, ...] = ()
+
+    def load(self) -> Splits:
+        """Read (where torchvision offers it: download) the data.
+
+        Raises:
+            UserError: files missing, damaged or of the wrong shape; one line that says what was expected where.
+        """
+        raise NotImplementedError
+
+
+class Optimizer(Part):
+    """Updates the weights: ``build(params) -> torch.optim.Optimizer``."""
+
+    kind: ClassVar[str] = "optimizer"
+
+    lr: float
+
+    def build(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        raise NotImplementedError
+
+
+# -------------------------------------------------------------------------------------------------------------- trees
+
+
+def is_part(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def rebuild(part: Any, change: Callable[[str, Any], Any]) -> Any:
+    """Copy a tree of parts, replacing the value of each field by ``change(field name, value)``, leaves first.
+
+    A part in which nothing changes is returned as it is.
+    """
+    if isinstance(part, tuple):
+        new = tuple(rebuild(p, change) for p in part)
+        return part if all(a is b for a, b in zip(new, part, strict=True)) else new
+    if not is_part(part):
+        return part
+    updates = {}
+    for f in dataclasses.fields(part):
+        old = getattr(part, f.name)
+        new = change(f.name, rebuild(old, change))
+        if new is not old:
+            updates[f.name] = new
+    return dataclasses.replace(part, **updates) if updates else part
+
+
+def resolve_schedules(part: Any, epoch: float, epochs: float) -> Any:
+    """The tree with every ``Schedule`` replaced by its value."""
+    return rebuild(part, lambda _, v: v.at(epoch, epochs) if isinstance(v, Schedule) else v)
+
+
+def with_threat(part: Any, threat: Threat) -> Any:
+    """The tree with every open ``norm`` and ``eps`` (None) filled from the threat model."""
+    fill = {"norm": threat.norm, "eps": threat.eps}
+    return rebuild(part, lambda name, v: fill[name] if v is None and name in fill else v)
+
+
+def walk(part: Any) -> Iterator[Any]:
+    """All parts of a tree, the root first."""
+    if isinstance(part, tuple):
+        for p in part:
+            yield from walk(p)
+    elif is_part(part):
+        yield part
+        for f in dataclasses.fields(part):
+            yield from walk(getattr(part, f.name))
+
+
+# ------------------------------------------------------------------------------------------------------------ at the door
+
+
+def one_hot(labels: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Labels (N,) as probabilities (N, K).
+
+    Raises:
+        ValueError: a label outside 0 .. K-1, or labels that are not whole numbers.
+    """
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"labels must be a vector of whole numbers, got shape {tuple(labels.shape)} of {labels.dtype}")
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    return torch.nn.functional.one_hot(labels.long(), num_classes).to(dtype)
+
+
+def check_images(x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``x`` holds images (N, C, H, W), floating point, in [0, 1], without NaN."""
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"images must be floating point of shape (N, C, H, W), got {tuple(x.shape)} of {x.dtype}")
+    if x.numel() and not (float(x.amin()) >= 0.0 and float(x.amax()) <= 1.0):
+        low, high = float(x.amin()), float(x.amax())
+        hint = " (divide by 255?)" if high > 1.5 else " (normalisation belongs inside the model)"
+        raise ValueError(f"images must lie in [0, 1], got values in [{low:.4g}, {high:.4g}]{hint}")
