@@ -205,6 +205,8 @@ def parse(text: str, file: str) -> Node:
         root = loader.get_single_node()
         count = [0]
         return Node(None, file, 1) if root is None else _convert(root, file, loader, (), count)
+    except UserError:
+        raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
