@@ -238,6 +238,11 @@ class Attack(Part):
     norm: Norm | None
     eps: float | None
 
+    def __post_init__(self) -> None:
+        if self.norm is not None and self.norm not in self.norms:
+            raise ValueError(f"{self.name}: norm '{self.norm}' is not supported; expected one of {', '.join(self.norms)}")
+        check_radius(self.norm or "", self.eps)
+
     def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
         """Attack a batch.
 
