@@ -1,8 +1,8 @@
 """The outer minimisation: a classifier with its trainer's loss and memory as one module.
 
-``Outer`` owns the classifier and every part's state: its forward is the whole loss, its parameters are what is trained,
-its ``state_dict`` is the checkpoint, and it is what a distributed wrapper wraps. The loss may be evaluated again for the same shard (AWP,
-SAM): same views, same taps, same noise, same dropout.
+``Outer`` owns the classifier and every part's state: its forward is the whole loss, its parameters are what is
+trained, its ``state_dict`` is the checkpoint, and a distributed wrapper wraps it. The loss may be evaluated again (AWP,
+SAM) for the same shard: same views, same taps, same noise, same dropout.
 """
 
 from __future__ import annotations
