@@ -91,8 +91,8 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
 def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
-    linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as far
-    as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
+    linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
     """
     room = torch.where(g > 0, 1 - x0, x0)
     if norm == "linf":
@@ -116,7 +116,7 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
     """``clamp(s d, -x0, 1 - x0)`` for the largest scale s <= ``most`` whose l2 norm is at most ``eps``.
 
     With the coordinates C at their bounds b fixed, s^2 = (eps^2 - sum_C b^2) / sum_{not C} d^2. Raising s can only add
-    coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, from below: every iterate is feasible.
+    coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, all feasible.
     """
     flat = _flat(d)
     bound = torch.where(flat > 0, 1 - _flat(x0), _flat(x0))
@@ -181,6 +181,17 @@ def steepest(g: Tensor, norm: str) -> Tensor:
         top = flat.abs().argmax(1, keepdim=True)
         return torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top).sign()).view_as(g)
     raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
+
+
+def sparse_steepest(g: Tensor, x: Tensor, fraction: float) -> Tensor:
+    """A unit vector of l1, shared equally by the ``fraction`` (at least one) of the coordinates with the largest |g|.
+
+    Coordinates that sit at the bound of [0, 1] towards which they would move are passed over.
+    """
+    size = _flat(torch.where(torch.where(g > 0, 1 - x, x) > 0, g.abs(), torch.zeros_like(g)))
+    top = size.topk(max(1, round(fraction * size.shape[1])), dim=1)
+    chosen = torch.zeros_like(size).scatter_(1, top.indices, (top.values > 0).to(g.dtype))
+    return (chosen / chosen.sum(1, keepdim=True).clamp_min(1)).view_as(g) * g.sign()
 
 
 def sample_ball(x: Tensor, norm: str, eps: float, rng: Rng) -> Tensor:
