@@ -183,17 +183,6 @@ def steepest(g: Tensor, norm: str) -> Tensor:
     raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
 
 
-def sparse_steepest(g: Tensor, x: Tensor, fraction: float) -> Tensor:
-    """A unit vector of l1, shared equally by the ``fraction`` (at least one) of the coordinates with the largest |g|.
-
-    Coordinates that sit at the bound of [0, 1] towards which they would move are passed over.
-    """
-    size = _flat(torch.where(torch.where(g > 0, 1 - x, x) > 0, g.abs(), torch.zeros_like(g)))
-    top = size.topk(max(1, round(fraction * size.shape[1])), dim=1)
-    chosen = torch.zeros_like(size).scatter_(1, top.indices, (top.values > 0).to(g.dtype))
-    return (chosen / chosen.sum(1, keepdim=True).clamp_min(1)).view_as(g) * g.sign()
-
-
 def sample_ball(x: Tensor, norm: str, eps: float, rng: Rng) -> Tensor:
     """A perturbation drawn uniformly from the ball, shaped like ``x``; the box is not considered.
 
