@@ -386,10 +386,17 @@ class Trainer(Part):
         return resolve_schedules(self, epoch, epochs)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Model(Part):
-    """An architecture: ``build()`` makes the classifier, its normalisation inside."""
+    """An architecture: ``build()`` makes the classifier, its normalisation inside.
+
+    Attributes:
+        init: weights to start from: a checkpoint or state-dict file, ``pretrained`` where the source has such weights, or None.
+    """
 
     kind: ClassVar[str] = "model"
+
+    init: str | None = None
 
     def build(self) -> nn.Module:
         raise NotImplementedError
