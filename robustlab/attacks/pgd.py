@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from robustlab import geometry
-from robustlab.attacks.steps import LossName, Point, fooled, input_gradient, keep_better, objective, passes, threat_of
+from robustlab.attacks.steps import LossName, Point, fooled, input_gradient, keep_better, objective, passes, put_better, threat_of
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, NonNegative, Norm, Positive
@@ -73,9 +73,7 @@ class PGD(Attack):
             if len(rows) == 0:
                 break
             new, g[rows] = self._climb(f, x[rows], y[rows], rng.select(rows).child("restart", r))
-            kept = keep_better(Point(*(v[rows] for v in point)), new)
-            for old, value in zip(point, kept, strict=True):
-                old[rows] = value
+            put_better(point, rows, new)
             cost[rows.cpu()] += each
         return point.x, {"grad": g, "passes": cost}
 

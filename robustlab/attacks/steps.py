@@ -91,6 +91,13 @@ def keep_better(old: Point | None, new: Point) -> Point:
     )
 
 
+def put_better(points: Point, rows: Tensor, new: Point) -> None:
+    """Write ``new`` into the rows of ``points``, in place, where it is better."""
+    kept = keep_better(Point(*(v[rows] for v in points)), new)
+    for old, value in zip(points, kept, strict=True):
+        old[rows] = value
+
+
 def passes(x: Tensor, forwards: int, backwards: int) -> Tensor:
     """The cost of each sample, the same for all: (N, 2), forward and backward passes."""
     return torch.tensor([forwards, backwards]).repeat(len(x), 1)
