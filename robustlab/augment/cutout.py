@@ -1,7 +1,7 @@
 """Cutout: one square of each image is erased.
 
-DeVries and Taylor 2017, arXiv:1708.04552, section 3.2: the centre is uniform over the pixels, so the square may reach over the border.
-The authors erase after normalisation, that is, with the data's mean; images are in [0, 1] here, so ``fill`` is a field.
+DeVries and Taylor 2017, arXiv:1708.04552, section 3.2: the centre is uniform over the pixels, so the square may reach over the
+border. The authors erase after normalisation, that is, with the data's mean; images are in [0, 1] here, so ``fill`` is a field.
 """
 
 from __future__ import annotations
