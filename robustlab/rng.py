@@ -64,7 +64,7 @@ class Rng:
 
     def child(self, *names: str | int) -> Rng:
         """The source for a purpose; every distinct path draws independently."""
-        path = (self.key, *(n if isinstance(n, str) else int(n) for n in names))  # NumPy's integers print otherwise
+        path = (self.key, *(str(n) if isinstance(n, str) else int(n) for n in names))  # NumPy's scalars print otherwise
         digest = hashlib.blake2b(repr(path).encode(), digest_size=8).digest()
         return replace(self, key=int.from_bytes(digest, "little"))
 
