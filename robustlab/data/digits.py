@@ -1,7 +1,7 @@
 """The handwritten digits that come with scikit-learn.
 
-1,797 real images of 8 x 8 px with 17 grey levels (Alpaydin and Kaynak, UCI "Optical Recognition of Handwritten Digits", 1998, test part).
-No download. Fixed stratified split: 1,097 train, 200 validation, 500 test.
+1,797 real images of 8 x 8 px with 17 grey levels (Alpaydin and Kaynak, "Optical Recognition of Handwritten
+Digits", UCI 1998, test part). No download. Fixed stratified split: 1,097 train, 200 validation, 500 test.
 """
 
 from __future__ import annotations

@@ -170,8 +170,8 @@ def check_labelled(shape: Sequence[int], dtype: torch.dtype, labels: Tensor, num
 def stratified_split(labels: Tensor, sizes: Sequence[int], seed: int = 0) -> list[Tensor]:
     """Disjoint subsets of the given sizes with the class proportions of the whole, then the rest.
 
-    Depends on labels, sizes and seed only, on every machine and with every library version. A class's share of a subset is its exact
-    proportion rounded down or up (largest remainders).
+    Depends on labels, sizes and seed only, on every machine and with every library version. A class's share of
+    a subset is its exact proportion, rounded down or up (largest remainders).
 
     Args:
         labels: (N,) int64.
@@ -256,7 +256,8 @@ def _chunks(images: MemoryImages) -> Iterator[Tensor]:
 def mean_std(images: ImageSet, most: int = 1024) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, in [0, 1] units.
 
-    Images in memory count all, exactly; of a stream, at most ``most`` evenly spaced images are read. A constant channel has standard deviation 1.
+    Images in memory count all, exactly; of a stream, at most ``most`` evenly spaced images are read. A constant channel
+    has standard deviation 1.
     """
     if isinstance(images, MemoryImages):
         chunks: Iterable[Tensor] = _chunks(images)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from robustlab.models.checkpoint import load_weights
 from robustlab.types import Count, Model
 
 
@@ -45,10 +46,32 @@ class ImageModel(Model):
         mean, std: per channel, of the training images in [0, 1]; None normalises with 0 and 1.
     """
 
+    offers_pretrained: ClassVar[bool] = False
+
     num_classes: Count | None = None
     in_channels: Literal[1, 3] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def network(self) -> nn.Module:
+        """The classifier with random weights, or with the source's own where ``init`` is ``pretrained``."""
+        raise NotImplementedError
+
+    def build(self) -> nn.Module:
+        """The classifier, with the weights that ``init`` names.
+
+        Raises:
+            ValueError: ``num_classes`` is missing; ``mean`` or ``std`` does not have one number per channel.
+            UserError: the weights cannot be read or do not fit.
+        """
+        if self.init == "pretrained" and not self.offers_pretrained:
+            raise ValueError(
+                f"{self.name}: init 'pretrained': there are no such weights; give a file, or take a timm: or torchvision: model"
+            )
+        f = self.network()
+        if self.init not in (None, "pretrained"):
+            load_weights(f, self.init)
+        return f
 
     def classes(self) -> int:
         """K; raises ``ValueError`` if it is not given."""

@@ -31,9 +31,9 @@ class SmallCNN(ImageModel):
 
     def __post_init__(self) -> None:
         if self.norm == "group" and self.width % 8:
-            raise ValueError(f"small_cnn: width must be divisible by 8 for norm 'group', got {self.width}")
+            raise ValueError(f"width must be divisible by 8 for norm 'group', got {self.width}")
 
-    def build(self) -> nn.Module:
+    def network(self) -> nn.Module:
         k, w = self.classes(), self.width
         layers: OrderedDict[str, nn.Module] = OrderedDict(normalize=self.normalize())
         for i, (c_in, c_out, stride) in enumerate([(self.channels(), w, 2), (w, 2 * w, 1), (2 * w, 4 * w, 2)], start=1):

@@ -37,6 +37,7 @@ def train_step(
     rng: Rng,
     *,
     first: int = 0,
+    stride: int = 1,
     clip_grad: float | None = None,
 ) -> dict[str, Tensor]:
     """One update of the weights.
@@ -47,14 +48,14 @@ def train_step(
         trainer: the composition, its schedules resolved.
         optimizer: of the outer parameters; its gradients are empty.
         rng: of this run; draws are keyed by tickets and by the micro-batches' global numbers.
-        first: the global number of the first micro-batch.
+        first, stride: the micro-batches' global numbers are first, first + stride, ...
         clip_grad: largest total norm of the gradient.
 
     Returns:
         The named terms and ``"loss"``, detached.
     """
     outer.trainer, shards = trainer, []
-    for views, r in zip(batches, rng.split(len(batches), first), strict=True):
+    for views, r in zip(batches, rng.split(len(batches), first, stride), strict=True):
         with frozen(outer.f), bn_mode(outer.f, trainer.attack_bn), ambient(r.child("inner").batch_seed()):
             for i, stage in enumerate(trainer.inner):  # x~ = mix(x);  x' = argmax_d L(f(x~ + d), y~)
                 views = outer.call(stage, outer.callee, views, r.child("inner", i))
