@@ -91,8 +91,8 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
 def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
-    linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as far
-    as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
+    linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
     """
     room = torch.where(g > 0, 1 - x0, x0)
     if norm == "linf":
@@ -116,7 +116,7 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
     """``clamp(s d, -x0, 1 - x0)`` for the largest scale s <= ``most`` whose l2 norm is at most ``eps``.
 
     With the coordinates C at their bounds b fixed, s^2 = (eps^2 - sum_C b^2) / sum_{not C} d^2. Raising s can only add
-    coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, from below: every iterate is feasible.
+    coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, all feasible.
     """
     flat = _flat(d)
     bound = torch.where(flat > 0, 1 - _flat(x0), _flat(x0))

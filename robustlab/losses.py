@@ -32,8 +32,13 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 def dlr(z: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio (Croce and Hein, ICML 2020, equation 6): -(z_c - max_{k != c} z_k) / (z_(1) - z_(3)).
 
-    z_(1) >= z_(2) >= z_(3) are the sorted logits. Needs at least three classes.
+    z_(1) >= z_(2) >= z_(3) are the sorted logits.
+
+    Raises:
+        ValueError: fewer than three classes.
     """
+    if z.shape[-1] < 3:
+        raise ValueError(f"the DLR loss needs at least 3 classes, got {z.shape[-1]}")
     top = z.topk(3, dim=-1).values
     return margin(z, y) / (top[:, 0] - top[:, 2] + 1e-12)
 

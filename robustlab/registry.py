@@ -51,7 +51,7 @@ def register(name: str, *, cite: str = "") -> Callable[[P], P]:
     """
 
     def decorate(cls: P) -> P:
-        cls = dataclass(frozen=True, kw_only=True)(cls)
+        cls = dataclass(frozen=True, kw_only=True)(cls)  # type: ignore[assignment]
         if not cls.__doc__ or cls.__doc__.startswith(f"{cls.__name__}("):
             raise ValueError(f"{cls.__qualname__}: a part needs a docstring; it is what `robustlab explain {name}` prints")
         other = _entries[cls.kind].get(name)

@@ -75,9 +75,9 @@ class Rng:
         """The same source for some of the samples (a mask or indices)."""
         return self.at(self._tickets()[rows])
 
-    def split(self, parts: int, first: int = 0) -> list[Rng]:
-        """One source per micro-batch; ``first`` is the global number of the first one."""
-        return [replace(self, number=first + i) for i in range(parts)]
+    def split(self, parts: int, first: int = 0, stride: int = 1) -> list[Rng]:
+        """One source per micro-batch; their global numbers are first, first + stride, ..."""
+        return [replace(self, number=first + i * stride) for i in range(parts)]
 
     # -------------------------------------------------------------------------------------- draws for each sample
 

@@ -238,6 +238,11 @@ class Attack(Part):
     norm: Norm | None
     eps: float | None
 
+    def __post_init__(self) -> None:
+        if self.norm is not None and self.norm not in self.norms:
+            raise ValueError(f"{self.name}: norm '{self.norm}' is not supported; expected one of {', '.join(self.norms)}")
+        check_radius(self.norm or "", self.eps)
+
     def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
         """Attack a batch.
 
@@ -381,10 +386,17 @@ class Trainer(Part):
         return resolve_schedules(self, epoch, epochs)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Model(Part):
-    """An architecture: ``build()`` makes the classifier, its normalisation inside."""
+    """An architecture: ``build()`` makes the classifier, its normalisation inside.
+
+    Attributes:
+        init: weights to start from: a checkpoint or state-dict file, ``pretrained`` where the source has such weights, or None.
+    """
 
     kind: ClassVar[str] = "model"
+
+    init: str | None = None
 
     def build(self) -> nn.Module:
         raise NotImplementedError

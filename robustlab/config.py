@@ -1,0 +1,815 @@
+"""YAML -> validated parts. The dataclass that implements a part is its schema; there is no second one.
+
+A file is read into nodes that remember their file and line, ``extends`` and ``--set`` are merged node by node, and the tree is
+then built into dataclasses. All mistakes of a file are collected and reported together, each as one line:
+
+    configs/digits/pgd-at.yaml:7: trainer.inner.craft.attack.step_size: unknown key (did you mean 'steps'?)
+
+Reading is YAML 1.2's idea of booleans (``on`` is a word), numbers such as ``1e-3`` and fractions such as ``8/255``; tags, cycles
+and duplicate keys are refused. A part is ``{name: pgd, steps: 7}`` or just ``pgd``; without a name it changes the default part's
+fields. For a field that holds several parts, a list replaces them (an item inherits from the default part of that name) and a
+mapping ``{craft: {...}}`` changes the parts that it names. Any number may be a schedule: ``{name: linear, start: 0, end: 8/255}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import types as pytypes
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import annotated_types
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from robustlab.registry import entries, lookup, nearest
+from robustlab.types import (
+    Count,
+    Dataset,
+    Model,
+    Optimizer,
+    Part,
+    Positive,
+    Schedule,
+    Suite,
+    Threat,
+    Trainer,
+    UserError,
+    Whole,
+    is_part,
+)
+
+# ------------------------------------------------------------------------------------------------------ the document
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How robust accuracy is watched during training: PGD on the first validation images.
+
+    Attributes:
+        every: epochs between two probes; the last epoch is always probed.
+        num_examples: how many validation images.
+        steps: of PGD.
+    """
+
+    every: Count = 1
+    num_examples: Count = 200
+    steps: Count = 10
+
+
+@dataclass(frozen=True)
+class Guards:
+    """When training stops by itself.
+
+    Attributes:
+        nan: stop at the first loss that is not finite.
+        collapse: stop when, after this many epochs, clean validation accuracy is still at chance level; null: never.
+    """
+
+    nan: bool = True
+    collapse: Count | None = 5
+
+
+@dataclass(frozen=True)
+class Training:
+    """The loop.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: images per optimizer step, over all processes and micro-batches.
+        accumulation: micro-batches per step.
+        clip_grad: largest total gradient norm, or null.
+        precision: of the forward passes; ``bf16`` is autocast.
+        channels_last: memory format of model and images.
+        compile: run the model through torch.compile.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
+        threads: CPU threads, or null for torch's own choice.
+        checkpoint_every: epochs between two checkpoints.
+        probe: how robust accuracy is watched; ``best`` is chosen by it.
+        guards: when training stops by itself.
+    """
+
+    epochs: Count = 10
+    batch_size: Count = 128
+    accumulation: Count = 1
+    clip_grad: Positive | None = None
+    precision: Literal["fp32", "bf16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "auto"
+    threads: Count | None = None
+    checkpoint_every: Count = 1
+    probe: Probe = Probe()
+    guards: Guards = Guards()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``robustlab evaluate`` does with this run when nothing else is asked for.
+
+    Attributes:
+        suites: names, or YAML files.
+        num_examples: how many test images; null means all.
+        batch_size: of the evaluation.
+    """
+
+    suites: tuple[str, ...] = ("pgd-20",)
+    num_examples: Count | None = None
+    batch_size: Count = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A training run.
+
+    Attributes:
+        trainer: the method.
+        model: the architecture; ``init`` starts from weights.
+        data: the images.
+        threat: norm and eps.
+        optimizer: sgd or adamw.
+        schedule: of the learning rate, as a factor on the optimizer's.
+        training: the loop.
+        evaluation: what is scored afterwards.
+        logging: any of jsonl, tensorboard, wandb.
+        seed: of all draws.
+    """
+
+    trainer: Trainer
+    model: Model
+    data: Dataset
+    threat: Threat = Threat()
+    optimizer: Optimizer
+    schedule: Schedule
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    logging: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
+    seed: Whole = 0
+
+
+DEFAULTS: dict[str, Any] = {"optimizer": "sgd", "schedule": "cosine"}
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value with the place it was written at; mappings and lists hold further nodes."""
+
+    value: Any
+    file: str
+    line: int
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {k: v.plain() for k, v in self.value.items()}
+        if isinstance(self.value, list):
+            return [v.plain() for v in self.value]
+        return self.value
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML with the scalars of YAML 1.2."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+_SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null")}
+_MOST_NODES = 20_000
+
+
+def parse(text: str, file: str) -> Node:
+    """YAML text as nodes.
+
+    Raises:
+        UserError: not YAML; a tag, a cycle, a duplicate key, a key that is no word; too many nodes.
+    """
+    loader = _Loader(text) if "\x00" not in text else None
+    if loader is None:
+        raise UserError(f"{file}:1: not a text file")
+    try:
+        root = loader.get_single_node()
+        count = [0]
+        return Node(None, file, 1) if root is None else _convert(root, file, loader, (), count)
+    except UserError:
+        raise
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise UserError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
+        raise UserError(f"{file}:1: not valid YAML: {reason}") from None
+    finally:
+        loader.dispose()
+
+
+def _convert(node: yaml.Node, file: str, loader: _Loader, above: tuple[int, ...], count: list[int]) -> Node:
+    line = node.start_mark.line + 1
+    count[0] += 1
+    if count[0] > _MOST_NODES:
+        raise UserError(f"{file}:{line}: more than {_MOST_NODES} values; aliases that multiply?")
+    if id(node) in above:
+        raise UserError(f"{file}:{line}: an alias refers to the value that contains it")
+    if len(above) > 50:
+        raise UserError(f"{file}:{line}: nested more than 50 levels deep")
+    above = (*above, id(node))
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag not in _SCALARS:
+            raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
+        return Node(loader.construct_object(node, deep=True), file, line)  # type: ignore[no-untyped-call]
+    if isinstance(node, yaml.SequenceNode):
+        if node.tag != "tag:yaml.org,2002:seq":
+            raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
+        return Node([_convert(child, file, loader, above, count) for child in node.value], file, line)
+    if node.tag != "tag:yaml.org,2002:map":
+        raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
+    out: dict[str, Node] = {}
+    for key_node, child in node.value:
+        at = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _SCALARS:
+            raise UserError(f"{file}:{at}: a key must be a word")
+        key = str(key_node.value)
+        if key in out:
+            raise UserError(f"{file}:{at}: {key}: this key stands twice (first in line {out[key].line})")
+        converted = _convert(child, file, loader, above, count)
+        out[key] = Node(converted.value, file, at)
+    return Node(out, file, line)
+
+
+def read(path: str | Path, _above: tuple[Path, ...] = ()) -> Node:
+    """A YAML file as nodes, with its ``extends`` merged in.
+
+    Raises:
+        UserError: the file cannot be read, is empty, is a list, or extends itself.
+    """
+    path = Path(path)
+    file = str(path)
+    if path.resolve() in _above:
+        raise UserError(f"{file}: extends itself, by way of {' -> '.join(p.name for p in _above)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file}:1: not a text file in UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot read: {error.strerror or error}{_near_file(path)}") from None
+    node = parse(text, file)
+    if node.value is None:
+        raise UserError(f"{file}:1: the file is empty; expected a mapping such as 'trainer: pgd-at'")
+    if not isinstance(node.value, dict):
+        raise UserError(f"{file}:{node.line}: expected a mapping such as 'trainer: pgd-at', got {_shape(node)}")
+    base = node.value.pop("extends", None)
+    if base is not None:
+        if not isinstance(base.value, str):
+            raise UserError(f"{file}:{base.line}: extends: expected a path, got {_shape(base)}")
+        target = path.parent / base.value
+        if not target.is_file():
+            raise UserError(f"{file}:{base.line}: extends: no such file '{target}'{_near_file(target)}")
+        node = merge(read(target, (*_above, path.resolve())), node)
+    return node
+
+
+def _near_file(path: Path) -> str:
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
+
+
+def merge(base: Node, over: Node) -> Node:
+    """Mappings merge key by key, everything else replaces. A part with another name replaces the whole part."""
+    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
+        if isinstance(over.value, dict) and isinstance(base.value, str) and "name" not in over.value:
+            base = Node({"name": base}, base.file, base.line)  # `trainer: pgd-at` and then fields of it
+        else:
+            return over
+    names = [n.value["name"].value if "name" in n.value else None for n in (base, over)]
+    if names[1] is not None and names[0] != names[1]:
+        return over
+    out = dict(base.value)
+    for key, node in over.value.items():
+        out[key] = merge(out[key], node) if key in out else node
+    return Node(out, over.file, over.line)
+
+
+def override(root: Node, settings: Sequence[str]) -> Node:
+    """Apply ``a.b=c`` settings; a step of the path may be a list index. The value is read as YAML.
+
+    Raises:
+        UserError: not of the form ``a.b=c``, or a path through something that is no mapping.
+    """
+    for setting in settings:
+        path, found, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not found or not all(keys):
+            raise UserError(f"--set {setting}: expected key.key=value, for example training.epochs=20")
+        leaf = parse(text, f"--set {setting}")
+        try:
+            root = _put(root, keys, leaf)
+        except UserError as error:
+            raise UserError(f"--set {setting}: {error}") from None
+    return root
+
+
+def _put(node: Node, keys: list[str], leaf: Node) -> Node:
+    if not keys:
+        return merge(node, leaf)
+    head, rest = keys[0], keys[1:]
+    here = Node(None, leaf.file, 1)
+    if isinstance(node.value, list):
+        if not head.isdigit() or int(head) >= len(node.value):
+            names = [str(i) for i in range(len(node.value))]
+            raise UserError(f"'{head}' is no position in a list of {len(names)}; expected one of {', '.join(names)}")
+        items = list(node.value)
+        items[int(head)] = _put(items[int(head)], rest, leaf)
+        return Node(items, node.file, node.line)
+    if isinstance(node.value, str):
+        node = Node({"name": node}, node.file, node.line)
+    elif node.value is None:
+        node = Node({}, leaf.file, 1)
+    elif not isinstance(node.value, dict):
+        raise UserError(f"'{head}' lies inside {_shape(node)}, which has no keys")
+    child = node.value.get(head, here)
+    return Node({**node.value, head: _put(child, rest, leaf)}, node.file, node.line)
+
+
+# ----------------------------------------------------------------------------------------------------------- building
+
+
+class _Builder:
+    """Builds nodes into dataclasses and collects what is wrong."""
+
+    def __init__(self) -> None:
+        self.errors: list[str] = []
+
+    def fail(self, node: Node, path: str, message: str) -> None:
+        place = node.file if node.file.startswith("--set") else f"{node.file}:{node.line}" if node.file else ""
+        self.errors.append(": ".join(s for s in (place, path, message) if s))
+
+    def part(self, kind: str, node: Node, default: Part | None, path: str, cls: type[Part] | None = None) -> Any:
+        """One part; ``None`` after a mistake."""
+        fields = node.value
+        if isinstance(fields, str):
+            fields = {"name": node}
+        if not isinstance(fields, dict):
+            self.fail(node, path, f"expected the name of a {kind} or a mapping with one, got {_shape(node)}")
+            return None
+        extra: dict[str, Any] = {}
+        if cls is None:
+            if "name" in fields:
+                named = fields["name"]
+                if not isinstance(named.value, str):
+                    self.fail(named, f"{path}.name" if path else "name", f"expected the name of a {kind}, got {_shape(named)}")
+                    return None
+                name, colon, arch = named.value.partition(":")
+                try:
+                    cls = lookup(kind, name)
+                except UserError as error:
+                    self.fail(named, path, str(error))
+                    return None
+                if colon and not any(f.name == "arch" for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
+                    self.fail(named, path, f"'{name}' takes no ':{arch}'")
+                    return None
+                extra = {"arch": arch} if colon else {}
+            elif default is not None:
+                cls = type(default)
+            else:
+                self.fail(node, path, f"expected 'name', one of {', '.join(entries(kind))}")
+                return None
+        if default is not None and type(default) is not cls:
+            default = None
+        return self.fields(cls, {k: v for k, v in fields.items() if k != "name"}, node, default, path, extra)
+
+    def fields(
+        self, cls: Any, given: Mapping[str, Node], node: Node, default: Any, path: str, extra: Mapping[str, Any] = {}
+    ) -> Any:
+        """A dataclass from a mapping; fields that are not given come from ``default``, else from the class."""
+        hints = type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        before = len(self.errors)
+        values: dict[str, Any] = {name: getattr(default, name) for name in known} if default is not None else {}
+        values.update(extra)
+        for key, child in given.items():
+            at = f"{path}.{key}" if path else key
+            if key not in known:
+                hint = nearest(key, known) or f"; known: {', '.join(known) or 'none'}"
+                self.fail(child, at, f"unknown key{hint}")
+                continue
+            start = values[key] if key in values else _class_default(known[key])
+            values[key] = self.value(hints[key], child, start, at)
+        for key, f in known.items():
+            if key not in values and not _has_default(f):
+                self.fail(node, f"{path}.{key}" if path else key, f"missing; expected {describe(hints[key])}")
+        if len(self.errors) > before:
+            return None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            message = str(error)
+            word = message.split(" ", 1)[0].rstrip(":,")
+            if word in known:
+                path, message = f"{path}.{word}" if path else word, message[len(word) :].lstrip(":, ")
+            self.fail(given.get(word, node), path, message)
+            return None
+
+    def value(self, hint: Any, node: Node, default: Any, path: str) -> Any:
+        """One field's value."""
+        options = _options(hint)
+        if node.value is None and type(None) in options:
+            return None
+        for option in options:
+            bare = typing.get_args(option)[0] if typing.get_origin(option) is Annotated else option
+            if isinstance(bare, type) and issubclass(bare, Part):
+                return self.part(bare.kind, node, default if isinstance(default, Part) else None, path)
+            if isinstance(bare, type) and dataclasses.is_dataclass(bare):
+                if not isinstance(node.value, dict):
+                    self.fail(node, path, f"expected a mapping, got {_shape(node)}")
+                    return None
+                return self.fields(bare, node.value, node, default, path)
+            inner = typing.get_args(bare)
+            if typing.get_origin(bare) is tuple and inner and isinstance(inner[0], type) and issubclass(inner[0], Part):
+                return self.parts(inner[0].kind, node, default or (), path)
+            if bare is float and isinstance(node.value, dict):
+                return self.part("schedule", node, default if isinstance(default, Schedule) else None, path)
+        return self.leaf(hint, node, path)
+
+    def parts(self, kind: str, node: Node, default: tuple[Part, ...], path: str) -> Any:
+        """Several parts: a list replaces them, a mapping changes the ones that it names."""
+        by_name = {p.name: p for p in default}
+        if isinstance(node.value, dict) and "name" not in node.value:
+            changed = {}
+            for name, child in node.value.items():
+                if name not in by_name:
+                    known = f"; here are: {', '.join(by_name) or 'none'} (write a list to replace them)"
+                    self.fail(child, f"{path}.{name}", f"no such {kind} to change{nearest(name, by_name)}{known}")
+                    continue
+                changed[name] = self.part(kind, child, by_name[name], f"{path}.{name}")
+            return tuple(changed.get(p.name, p) for p in default)
+        items = node.value if isinstance(node.value, list) else [node]
+        out = []
+        for i, item in enumerate(items):
+            named = item.value.get("name") if isinstance(item.value, dict) else item
+            start = by_name.get(named.value) if named is not None and isinstance(named.value, str) else None
+            out.append(self.part(kind, item, start, f"{path}.{i}"))
+        return tuple(out)
+
+    def leaf(self, hint: Any, node: Node, path: str) -> Any:
+        raw = numbers(node.plain(), hint)
+        wrong_bool = isinstance(raw, bool) and bool not in _scalars(hint)
+        wrong_text = isinstance(raw, str | int | float) and not isinstance(raw, bool) and _scalars(hint) == {bool}
+        try:
+            if wrong_bool or wrong_text:
+                raise ValueError
+            value = adapter(hint).validate_python(raw)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise ValueError
+            return value
+        except (ValidationError, ValueError, OverflowError):
+            choices = [str(a) for option in _options(hint) for a in _choices(option)]
+            self.fail(node, path, f"expected {describe(hint)}, got {_shape(node)}{nearest(raw, choices) if choices else ''}")
+            return None
+
+
+_FRACTION = re.compile(r"^\s*([-+]?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
+
+
+def numbers(raw: Any, hint: Any) -> Any:
+    """``8/255`` and ``1e-3`` as numbers where the field wants a number."""
+    if isinstance(raw, list):
+        return [numbers(r, hint) for r in raw]
+    if isinstance(raw, str) and float in _scalars(hint) and str not in _scalars(hint):
+        match = _FRACTION.match(raw)
+        if match and float(match[2]) != 0:
+            return float(match[1]) / float(match[2])
+    return raw
+
+
+@functools.cache
+def type_hints(cls: Any) -> dict[str, Any]:
+    """The fields' annotations, resolved."""
+    return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint)
+
+
+def _class_default(f: Any) -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else None
+
+
+def _has_default(f: Any) -> bool:
+    return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union; a single type is its own only one."""
+    if typing.get_origin(hint) in (typing.Union, pytypes.UnionType):
+        return tuple(o for a in typing.get_args(hint) for o in _options(a))
+    return (hint,)
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return _choices(typing.get_args(hint)[0])
+    return ()
+
+
+def _scalars(hint: Any) -> set[type]:
+    """The plain types that a field can hold."""
+    out: set[type] = set()
+    for option in _options(hint):
+        origin = typing.get_origin(option)
+        if origin is Annotated:
+            out |= _scalars(typing.get_args(option)[0])
+        elif origin in (tuple, list):
+            for a in typing.get_args(option):
+                out |= _scalars(a) if a is not Ellipsis else set()
+        elif origin is Literal:
+            out |= {type(a) for a in typing.get_args(option)}
+        elif isinstance(option, type):
+            out.add(option)
+    return out
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+
+
+def describe(hint: Any) -> str:
+    """A field's type in words, for messages and ``explain``."""
+    options = _options(hint)
+    if len(options) > 1:
+        return " or ".join(describe(o) for o in options)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        marks = {
+            annotated_types.Ge: ("ge", ">="),
+            annotated_types.Gt: ("gt", ">"),
+            annotated_types.Le: ("le", "<="),
+            annotated_types.Lt: ("lt", "<"),
+        }
+        limits = [f"{marks[type(m)][1]} {getattr(m, marks[type(m)][0])}" for m in args[1:] if type(m) in marks]
+        return " ".join([describe(args[0]), " and ".join(limits)]).strip()
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in args) if len(args) > 1 else f"'{args[0]}'"
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            return f"a list of {describe(args[0]).removeprefix('a ')}{'s' if args[0] in _WORDS else ''}"
+        return "a list of " + ", ".join(describe(a) for a in args)
+    if isinstance(hint, type) and issubclass(hint, Part):
+        return f"a {hint.kind}"
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return "a mapping"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _shape(node: Node) -> str:
+    if isinstance(node.value, dict):
+        return "a mapping"
+    if isinstance(node.value, list):
+        return "a list" if node.value else "an empty list"
+    if node.value is None:
+        return "nothing"
+    text = repr(node.value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ------------------------------------------------------------------------------------------------------------- public
+
+
+def _as_node(value: Any) -> Node:
+    if is_part(value):
+        value = dump(value)
+    if isinstance(value, Mapping):
+        return Node({str(k): _as_node(v) for k, v in value.items()}, "", 0)
+    if isinstance(value, list | tuple):
+        return Node([_as_node(v) for v in value], "", 0)
+    return Node(value, "", 0)
+
+
+def build(kind: str, spec: Any, **fields: Any) -> Any:
+    """A part from its name, or from a mapping with ``name`` and fields, or from itself.
+
+    Args:
+        kind: such as ``"attack"``.
+        spec: ``"pgd"``, ``{"name": "pgd", "steps": 7}``, or a part, which is returned with ``fields`` changed.
+        fields: the part's fields, by name.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    if is_part(spec) and not fields:
+        return spec
+    default = spec if is_part(spec) else None
+    node = _as_node({}) if default is not None else _as_node({"name": spec} if isinstance(spec, str) else spec)
+    if isinstance(node.value, dict):
+        node = Node({**node.value, **{k: _as_node(v) for k, v in fields.items()}}, "", 0)
+    builder = _Builder()
+    part = builder.part(kind, node, default, "")
+    if builder.errors:
+        label = part_label(spec)
+        raise UserError(*(e if e.startswith(f"unknown {kind}") else f"{label}: {e}" for e in builder.errors))
+    return part
+
+
+def part_label(spec: Any) -> str:
+    """What to call a specification in a message."""
+    if isinstance(spec, Mapping):
+        return str(spec.get("name", "part"))
+    return spec if isinstance(spec, str) else str(getattr(spec, "name", "part"))
+
+
+def dump(value: Any) -> Any:
+    """A part (or section) as plain values, such that ``build`` gives it back; a part's mapping starts with its name."""
+    if is_part(value):
+        head = {"name": value.name} if isinstance(value, Part) else {}
+        return head | {f.name: dump(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, tuple | list):
+        return [dump(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: dump(v) for k, v in value.items()}
+    return value
+
+
+def build_config(node: Node) -> Config:
+    """A whole configuration from nodes.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    builder = _Builder()
+    given = dict(node.value)
+    for key, name in DEFAULTS.items():
+        start = Node({"name": Node(name, node.file, node.line)}, node.file, node.line)
+        given[key] = merge(start, given[key]) if key in given else start
+    config = builder.fields(Config, given, node, None, "")
+    if builder.errors:
+        raise UserError(*builder.errors)
+    return typing.cast(Config, config)
+
+
+def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
+    """Read, merge, override and validate a configuration file.
+
+    Raises:
+        UserError: one line for each mistake: file, line, key, what was expected, and the nearest name.
+    """
+    return build_config(override(read(path), settings))
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """A configuration from plain values, as :func:`dump` makes them (checkpoints and run folders hold these)."""
+    return build_config(_as_node(values))
+
+
+def load_suite(spec: str) -> Suite:
+    """A suite by name, or from a YAML file with the fields of a suite (attacks, corruptions, norms, eps, ...).
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    if not spec.endswith((".yaml", ".yml")):
+        try:
+            return typing.cast(Suite, build("suite", spec))
+        except UserError as error:
+            if Path(spec).exists():
+                raise UserError(f"{spec}: a suite file must end in .yaml") from None
+            raise error
+    return build_suite(read(spec), Path(spec).stem)
+
+
+def build_suite(node: Node, stem: str) -> Suite:
+    builder = _Builder()
+    name = node.value["name"].value if "name" in node.value else stem
+    cls = None if name in entries("suite") else custom_suite(str(name))
+    suite = builder.part("suite", node, None, "", cls)
+    if suite is not None and not suite.attacks and not suite.corruptions:
+        builder.fail(node, "", "a suite needs 'attacks' or 'corruptions'")
+    if builder.errors:
+        raise UserError(*builder.errors)
+    return typing.cast(Suite, suite)
+
+
+def custom_suite(name: str) -> type[Suite]:
+    """The class of a suite that a file describes."""
+    return dataclass(frozen=True, kw_only=True)(
+        type("CustomSuite", (Suite,), {"name": name, "__doc__": f"The suite '{name}', from a file."})
+    )
+
+
+def is_suite(node: Node) -> bool:
+    """Whether a file describes a suite rather than a training run."""
+    return isinstance(node.value, dict) and ("attacks" in node.value or "corruptions" in node.value) and "trainer" not in node.value
+
+
+def validate_file(path: str | Path) -> None:
+    """Check one YAML file, a configuration or a suite.
+
+    Raises:
+        UserError: one line for each mistake.
+    """
+    node = read(path)
+    if is_suite(node):
+        build_suite(node, Path(path).stem)
+    else:
+        build_config(node)
+
+
+def to_yaml(value: Any) -> str:
+    """Plain values, or a part, as YAML that :func:`read` understands."""
+    return yaml.safe_dump(dump(value), sort_keys=False, allow_unicode=True, width=120)
+
+
+# --------------------------------------------------------------------------------------------------------- the schema
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a configuration file, for editors (the YAML language server completes and checks by it)."""
+    definitions: dict[str, Any] = {}
+
+    def of(hint: Any) -> dict[str, Any]:
+        options = _options(hint)
+        if len(options) > 1:
+            return {"anyOf": [of(o) for o in options]}
+        bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+        if isinstance(bare, type) and issubclass(bare, Part):
+            return parts_of(bare.kind)
+        if isinstance(bare, type) and dataclasses.is_dataclass(bare):
+            return section(bare)
+        args = typing.get_args(bare)
+        if typing.get_origin(bare) is tuple and args and isinstance(args[0], type) and issubclass(args[0], Part):
+            return {"anyOf": [{"type": "array", "items": of(args[0])}, {"type": "object"}, {"type": "string"}]}
+        plain = adapter(hint).json_schema()
+        if bare is float:
+            fraction = {"type": "string", "pattern": _FRACTION.pattern}
+            return {"anyOf": [plain, fraction, parts_of("schedule")]}
+        return plain
+
+    def parts_of(kind: str) -> dict[str, Any]:
+        if kind not in definitions:
+            definitions[kind] = {}
+            named = [section(cls, name) for name, cls in entries(kind).items()]
+            loose = {"type": "object", "not": {"required": ["name"]}}
+            definitions[kind] = {"anyOf": [{"type": "string"}, *named, loose]}
+        return {"$ref": f"#/$defs/{kind}"}
+
+    def section(cls: Any, name: str | None = None) -> dict[str, Any]:
+        hints = type_hints(cls)
+        properties = {f.name: of(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
+        if name is not None:
+            colon = "arch" in properties
+            properties["name"] = {"type": "string", "pattern": f"^{name}:"} if colon else {"const": name}
+        out = {"type": "object", "properties": properties, "additionalProperties": False}
+        return out | ({"required": ["name"]} if name is not None else {})
+
+    root = section(Config)
+    root["properties"]["extends"] = {"type": "string"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "robustlab configuration",
+        **root,
+        "$defs": definitions,
+    }
+
+
+__all__ = [
+    "Config",
+    "Evaluation",
+    "Guards",
+    "Node",
+    "Probe",
+    "Training",
+    "build",
+    "build_config",
+    "config_from",
+    "describe",
+    "dump",
+    "json_schema",
+    "load_config",
+    "load_suite",
+    "override",
+    "read",
+    "to_yaml",
+    "validate_file",
+]

@@ -1,0 +1,80 @@
+"""Several processes, started by ``torchrun``. The only place that knows ``torch.distributed``.
+
+One gradient synchronisation per step, by DistributedDataParallel around the whole loss (``Outer``). Buffers are not broadcast: a broadcast
+would throw away the other processes' stores; BatchNorm's statistics are averaged before they are looked at or saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from robustlab.outer import Outer
+from robustlab.types import Alone, World
+
+
+class Processes:
+    """The world of several processes."""
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def mean_(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Average over the processes, in place, as one flat message per data type."""
+        for dtype in sorted({t.dtype for t in tensors}, key=str):
+            group = [t for t in tensors if t.dtype == dtype]
+            flat = torch.cat([t.reshape(-1) for t in group])
+            dist.all_reduce(flat)
+            flat.div_(self.size)
+            for t, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+                t.copy_(part.view_as(t))
+        return tensors
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The processes that ``torchrun`` started, or a world of one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Alone()
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes()
+    finally:
+        dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This process's device: ``cuda`` becomes the one of its local rank."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+def wrap(outer: Outer) -> None:
+    """Send the losses that are differentiated through DistributedDataParallel, if there are several processes."""
+    if outer.loss.world.size > 1:
+        outer.loss.wrapped = DistributedDataParallel(outer, broadcast_buffers=False)
+
+
+def average_buffers(f: nn.Module, world: World) -> None:
+    """Average the floating-point buffers (BatchNorm's statistics) over the processes."""
+    if world.size > 1:
+        world.mean_([b for b in f.buffers() if b.is_floating_point()])
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()

@@ -1,0 +1,270 @@
+"""The loop over epochs: batches, steps, probes, guards, checkpoints. Resumed, it goes on as if nothing had happened.
+
+Everything that a sample meets is keyed by its ticket, ``epoch * 2^40 + position``, and everything that couples a batch by the global number of the
+micro-batch, so the state of a run is its tensors and its epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlab.config import Config, dump
+from robustlab.outer import Outer, context_of
+from robustlab.rng import Rng
+from robustlab.training import distributed
+from robustlab.training.checkpointing import load_state, read_state_meta, save_state
+from robustlab.training.guards import FINE, Act, Verdict, above_chance, finite_loss
+from robustlab.training.step import check_shards, train_step
+from robustlab.training.trackers import open_trackers
+from robustlab.types import ImageSet, Splits, Trainer, UserError, View, Views, World, one_hot, with_threat
+
+TICKETS_PER_EPOCH = 2**40
+
+# fields of a configuration that may change between a run and its resumption
+_FREE = (("training", "device"), ("training", "threads"), ("data", "root"), ("logging",), ("evaluation",))
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop is given from outside, since it knows neither attacks nor evaluation nor the screen.
+
+    Attributes:
+        probe: model -> named accuracies on the validation split; ``clean`` and ``robust`` at least.
+        export: (path, model, metrics) writes a checkpoint from which the model can be rebuilt alone.
+        progress: takes a dict at every step and at every event.
+    """
+
+    probe: Callable[[nn.Module], dict[str, float]]
+    export: Callable[[Path, nn.Module, dict[str, Any]], None]
+    progress: Callable[[dict[str, Any]], None] = lambda event: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        epochs: epochs trained in all.
+        metrics: of the last probe.
+        best: metrics of the best probe.
+        stopped: why a guard ended the run, or "".
+        resumed: the epoch at which this process took over, or None.
+    """
+
+    epochs: int
+    metrics: dict[str, Any]
+    best: dict[str, Any]
+    stopped: str = ""
+    resumed: int | None = None
+
+
+def fit(
+    config: Config, f: nn.Module, splits: Splits, folder: Path, hooks: Hooks, *, world: World, device: torch.device, resume: bool
+) -> Outcome:
+    """Train ``f`` as configured; write ``metrics.jsonl``, ``last``, ``best`` and the resume state into ``folder``.
+
+    Args:
+        config: the run.
+        f: the classifier, on its device.
+        splits: the data; test is not touched.
+        folder: the run's folder, held by this process.
+        hooks: probe, export, progress.
+        world: the processes.
+        device: of the batches.
+        resume: go on where the folder's state stands.
+
+    Raises:
+        UserError: the configuration asks for something impossible, or the folder holds another run.
+    """
+    t, rng = config.training, Rng(config.seed)
+    trainer = complete_trainer(config)
+    check_shards(trainer, world.size * t.accumulation)
+    ctx = context_of(f, splits.num_classes, len(splits.train), splits.image_shape)
+    outer = Outer(f, trainer.at(0, t.epochs), ctx, t.precision, world).to(device)
+    optimizer = config.optimizer.build(outer.parameters())
+    state_path = folder / "state.safetensors"
+    start, best, metrics, seen = 0, {}, {}, 0
+    if resume and state_path.exists():
+        meta = load_state(state_path, outer, optimizer)
+        check_same(config, meta["config"], state_path)
+        start, best, metrics, seen = meta["epoch"], meta["best"], meta["metrics"], meta["metrics_bytes"]
+    distributed.wrap(outer)
+    if t.compile:
+        f.compile()
+    jsonl, others = open_trackers(config.logging, folder, dump(config), seen) if world.rank == 0 else (None, [])
+    plan = Plan(len(splits.train), t.batch_size, t.accumulation, world)
+    verdict, epoch = FINE, start - 1
+    with contextlib.ExitStack() as closing:
+        for tracker in [*([jsonl] if jsonl else []), *others]:
+            closing.callback(tracker.close)
+        for epoch in range(start, t.epochs):
+            event, verdict = run_epoch(config, trainer, outer, optimizer, splits, plan, rng, epoch, hooks.progress, device)
+            distributed.average_buffers(outer, world)
+            last = epoch + 1 == t.epochs
+            if verdict.act is Act.CONTINUE and (last or (epoch + 1) % t.probe.every == 0):
+                metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
+                verdict = above_chance(metrics["clean"], splits.num_classes, epoch, t.guards.collapse)
+            event |= {k: v for k, v in metrics.items() if metrics.get("epoch") == epoch + 1}
+            improved = metrics.get("epoch") == epoch + 1 and score(metrics) > score(best)
+            best = metrics if improved else best
+            if verdict.act is Act.STOP:
+                event["stopped"] = verdict.reason
+            if world.rank == 0 and jsonl is not None:
+                for tracker in (jsonl, *others):
+                    tracker.log(event)
+                if verdict.act is Act.CONTINUE:
+                    if improved:
+                        hooks.export(folder / "best.safetensors", outer.averaged(), metrics)
+                    if last or (epoch + 1) % t.checkpoint_every == 0:
+                        hooks.export(folder / "last.safetensors", outer.averaged(), metrics)
+                        position = {"epoch": epoch + 1, "best": best, "metrics": metrics, "metrics_bytes": jsonl.length}
+                        save_state(state_path, outer, optimizer, {**position, "config": dump(config)})
+            hooks.progress(event)
+            distributed.barrier(world)
+            if verdict.act is Act.STOP:
+                break
+    return Outcome(epoch + 1, metrics, best, verdict.reason, start if resume and start else None)
+
+
+def complete_trainer(config: Config) -> Trainer:
+    """The configured trainer: its open threat models filled, the data set's augmentation before everything else."""
+    trainer = with_threat(config.trainer, config.threat)
+    return dataclasses.replace(trainer, inner=(*config.data.augment, *trainer.inner))
+
+
+def score(metrics: dict[str, Any]) -> tuple[float, float]:
+    """What ``best`` means: robust accuracy on the validation split, then clean accuracy."""
+    return (metrics.get("robust", -1.0), metrics.get("clean", -1.0))
+
+
+def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
+    """Refuse to go on with a run of another configuration; the line names the first key that differs.
+
+    Raises:
+        UserError: they differ in something that matters.
+    """
+    new, old = _flat(dump(config)), _flat(saved)
+    for key in sorted(new.keys() | old.keys()):
+        if any(key.split(".")[: len(free)] == list(free) for free in _FREE):
+            continue
+        if new.get(key) != old.get(key):
+            raise UserError(
+                f"{path.parent}: holds a run of another configuration: {key} is {old.get(key)!r} there and {new.get(key)!r} here; "
+                "choose another --out"
+            )
+
+
+def _flat(value: Any, at: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        out = {at: f"{type(value).__name__} of {len(value)}"} if not isinstance(value, dict) else {}
+        for k, v in items:
+            out |= _flat(v, f"{at}.{k}" if at else str(k))
+        return out
+    return {at: value}
+
+
+class Plan:
+    """Which positions of an epoch's random order each micro-batch of this process gets.
+
+    Raises:
+        UserError: the batch size cannot be divided.
+    """
+
+    def __init__(self, count: int, batch_size: int, accumulation: int, world: World):
+        self.size = min(batch_size, count)
+        parts = accumulation * world.size
+        if self.size % parts:
+            raise UserError(
+                f"training.batch_size: {self.size} images cannot be divided among {world.size} processes x {accumulation} micro-batches"
+            )
+        self.steps = count // self.size
+        self.count, self.accumulation, self.world = count, accumulation, world
+        self.micro = self.size // parts
+
+    def micro_batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(positions in the order, indices into the data) of each micro-batch of this process, through one epoch."""
+        for step in range(self.steps):
+            for a in range(self.accumulation):
+                begin = step * self.size + (a * self.world.size + self.world.rank) * self.micro
+                positions = torch.arange(begin, begin + self.micro)
+                yield positions, order[positions]
+
+    def first(self, step: int) -> int:
+        """The global number of this process's first micro-batch of a step, counted over the whole run."""
+        return step * self.accumulation * self.world.size + self.world.rank
+
+
+def loader(splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.device, channels_last: bool = False) -> Iterator[Views]:
+    """The epoch's micro-batches as views ``clean``."""
+    images: ImageSet = splits.train
+    order = rng.child("order", epoch).permutation(plan.count)
+    pairs = list(plan.micro_batches(order))
+    for (positions, _), (x, y, index) in zip(pairs, images.batches((i for _, i in pairs), device), strict=True):
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        key = (epoch * TICKETS_PER_EPOCH + positions).to(device)
+        yield {"clean": View(x=x, y=one_hot(y, splits.num_classes, x.dtype), key=key, index=index)}
+
+
+def run_epoch(
+    config: Config,
+    trainer: Trainer,
+    outer: Outer,
+    optimizer: torch.optim.Optimizer,
+    splits: Splits,
+    plan: Plan,
+    rng: Rng,
+    epoch: int,
+    progress: Callable[[dict[str, Any]], None],
+    device: torch.device,
+) -> tuple[dict[str, Any], Verdict]:
+    """One epoch of steps: its event (mean terms, learning rate, seconds) and the guards' verdict."""
+    t, begun = config.training, time.perf_counter()
+    batches = loader(splits, plan, rng, epoch, device, t.channels_last)
+    sums: dict[str, Tensor] = {}
+    lr = 0.0
+    for s in range(plan.steps):
+        now = epoch + s / plan.steps
+        lr = config.optimizer.lr * config.schedule.at(now, t.epochs)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        micro = [next(batches) for _ in range(plan.accumulation)]
+        number = epoch * plan.steps + s
+        terms = train_step(
+            outer,
+            micro,
+            trainer.at(now, t.epochs),
+            optimizer,
+            rng.child("step"),
+            first=plan.first(number),
+            stride=plan.world.size,
+            clip_grad=t.clip_grad,
+        )
+        plan.world.mean_([v for v in terms.values()])
+        for name, value in terms.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+        if t.guards.nan:
+            verdict = finite_loss(float(terms["loss"]), epoch, s)
+            if verdict.act is Act.STOP:
+                return {"kind": "epoch", "epoch": epoch + 1, "step": number + 1, "loss": float(terms["loss"])}, verdict
+        progress({"kind": "step", "epoch": epoch, "epochs": t.epochs, "step": s + 1, "steps": plan.steps, "terms": terms})
+    seconds = time.perf_counter() - begun
+    means = {name: float(value) / plan.steps for name, value in sums.items()}
+    speed = plan.steps * plan.size / seconds
+    event = {"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * plan.steps, "lr": lr, **means}
+    return event | {"seconds": round(seconds, 3), "images_per_second": round(speed, 1)}, FINE
+
+
+def finished(folder: Path, epochs: int) -> bool:
+    """Whether the folder's run has reached its last epoch."""
+    path = folder / "state.safetensors"
+    return path.exists() and read_state_meta(path)["epoch"] >= epochs
