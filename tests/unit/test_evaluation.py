@@ -407,7 +407,6 @@ def test_counter_counts_rows_for_any_callable():
     assert f.backwards == 10, "the double backward comes through the logits again"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "forwards", "backwards"),
     [("apgd", 102, 101), ("apgd_targeted", 919, 909), ("fab", 1828, 900), ("square", 5003, 0)],
