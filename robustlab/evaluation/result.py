@@ -22,6 +22,7 @@ class Tally:
     seconds: float = 0.0
     reached: float = 0.0
     outside: int = 0
+    flags: list[str] = field(default_factory=list)
 
     def add(self, entry: dict[str, Any]) -> None:
         self.given += len(entry["verdict"])
@@ -31,6 +32,7 @@ class Tally:
         self.seconds += entry["seconds"]
         self.reached = max(self.reached, entry.get("reached", 0.0))
         self.outside += entry.get("outside", 0)
+        self.flags += [flag for flag in entry.get("flags", ()) if flag not in self.flags]
 
     @property
     def broken(self) -> int:
@@ -46,8 +48,8 @@ class Result:
         clean_accuracy, clean_interval: without an adversary; intervals are Wilson's, 95 %.
         robust_accuracy, interval: correct, and broken by no attack of the first threat model; None without attacks.
         per_attack: for the first threat model, in order: ``robust_accuracy`` after the attack, how many images it was given
-            and broke, its ``forwards``, ``backwards`` and ``seconds``, the largest norm it reached, and how many images it
-            returned outside ball or box (they were projected before they were scored).
+            and broke, its ``forwards``, ``backwards`` and ``seconds``, the largest norm it reached, how many images it
+            returned outside ball or box (they were projected before they were scored), and its warnings (``flags``).
         clean, robust: verdict of each image (n,), bool; ``robust`` is None without attacks.
         threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost``.
         verdicts: ``robust`` for each of ``threats``.
@@ -141,6 +143,7 @@ def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Te
             "seconds": t.seconds,
             "reached": t.reached,
             "outside": t.outside,
+            "flags": t.flags,
         }
         for label, t in tallies.items()
     }

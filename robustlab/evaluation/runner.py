@@ -296,18 +296,21 @@ class _Run:
         self, threat: Threat, position: int, label: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor
     ) -> dict[str, Any]:
         if len(x) == 0:
-            return self._write(threat, label, [], [], 0, 0, 0.0, {"reached": 0.0, "outside": 0})
+            return self._write(threat, label, [], [], 0, 0, 0.0, {"reached": 0.0, "outside": 0, "flags": []})
         rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), position, attack.name)
         rng = rng.split(1, first=self.batches)[0].at(index.to(self.device))
         assert self.num_classes is not None
         counter, target = Counter(self._searching, unwrap(self.f)), one_hot(y, self.num_classes, self.dtype)
         start = self._clock()
-        with ambient(rng.batch_seed()), torch.enable_grad():
-            x_adv, _ = with_threat(attack, threat).run(counter, x.clone(), target, rng)
+        try:
+            with ambient(rng.batch_seed()), torch.enable_grad():
+                x_adv, info = with_threat(attack, threat).run(counter, x.clone(), target, rng)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"the attack '{label}': {error}") from error
         seconds = self._clock() - start
         x_adv, reached, outside = trusted(x_adv, x, threat, label)
         verdict = self._correct(x_adv, y)
-        extra = {"reached": reached, "outside": outside}
+        extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
         return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
 
     def _corrupt(self, label: str, corruption: Corruption, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:
