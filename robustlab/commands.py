@@ -125,8 +125,8 @@ def probe(f: nn.Module, images: ImageSet, config: Config, num_classes: int, devi
             x_adv, _ = attack.run(callee, x, one_hot(y, num_classes, x.dtype), Rng(config.seed).child("probe").at(index))
             with torch.no_grad():
                 robust += int((callee(x_adv).argmax(-1) == y).sum())
-    out = {"clean": right / len(images)}
-    return out | ({"robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
+    out = {"val_clean": right / len(images)}
+    return out | ({"val_robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
 
 
 def default_out(path: Path) -> Path:
