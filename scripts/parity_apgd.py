@@ -4,7 +4,7 @@
 
 Each side attacks the first test images with every seed. Printed: the robust accuracies and the difference of their means; how often
 the two sides agree on a sample, over all pairs of seeds; and how often each side agrees with itself between two seeds, which is
-the most that can be asked for.
+the most that can be asked for. Exits with 1 when a goal is missed.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def image_fields(data: str, model: str) -> dict[str, int]:
     return {name: value for name, value in (("size", size), ("channels", channels)) if name in known}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="runs/demo/pgd-at/best.safetensors", help="checkpoint, timm:NAME or package.module:callable"
@@ -127,7 +127,10 @@ def main() -> None:
         f"APGD-{args.loss.upper()}, {args.norm} {args.eps:g}, {len(x)} images of {args.data}; robust accuracy for each seed, in %"
     )
     print(describe(result))
+    met = abs(result.difference) <= 0.005 and result.between >= Parity.within(result.reference) - 0.005
+    print("goals (means within 0.5 points; agreement at least the reference's own minus 0.5 points):", "met" if met else "MISSED")
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
