@@ -116,7 +116,7 @@ def _ticks(axes: Any, norm: str, radii: list[float]) -> None:
 
 def _save(figure: Any, path: Path) -> tuple[Path, Path]:
     png, svg = path.with_suffix(".png"), path.with_suffix(".svg")
-    for target, metadata in ((png, {"Software": None}), (svg, {})):
+    for target, metadata in ((png, {"Software": None}), (svg, {"Date": None, "Creator": None})):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=target.suffix[1:], metadata=metadata)
         atomic_write(target, buffer.getvalue())
