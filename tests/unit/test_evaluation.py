@@ -349,9 +349,24 @@ def test_bf16_searches_low_and_scores_high(net):
     gap = (seen[0][2] - seen[1][2]).abs().max()
     assert 1e-5 < gap < 0.1, "the search must have run in bf16, and near enough"
     assert torch.equal(low.clean, high.clean)
+
+
+def test_the_callers_autocast_reaches_neither_search_nor_score(net):
+    f, x, y = net
+    inside = []
+
+    def watched(x):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return f.eval()(x)
+
+    plain = evaluate(watched, (x, y), make_suite(WORST), threat=LINF)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = evaluate(f, (x, y), make_suite(attack("look", look)), threat=LINF, batch_size=90)
-    assert torch.equal(inside.robust, high.robust)
+        under = evaluate(watched, (x, y), make_suite(WORST), threat=LINF)
+    assert torch.equal(plain.robust, under.robust)
+    assert not any(inside)
+    inside.clear()
+    evaluate(watched, (x, y), make_suite(WORST), threat=LINF, precision="bf16")
+    assert inside == [False, True, False], "clean, search, score"
 
 
 def test_a_float64_model_is_scored_in_float64(linear):
