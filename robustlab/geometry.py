@@ -23,6 +23,16 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
+def _over_largest(d: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) values over the largest magnitude of their sample, and that magnitude (N, 1).
+
+    Squares of the quotients neither overflow nor all vanish, however small or large a gradient is.
+    """
+    flat = _flat(d)
+    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
+    return flat / largest, largest
+
+
 def norm_of(d: Tensor, norm: str) -> Tensor:
     """The norm of each sample's perturbation: (N,)."""
     if norm == "linf":
@@ -78,11 +88,11 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     if norm == "linf":
         return (x0 + d.clamp(-eps, eps)).clamp(0.0, 1.0)
     if norm == "l2":
-        size = norm_of(d, "l2")
-        if bool((size <= eps).all()):
-            boxed = x.clamp(0.0, 1.0)
-            return boxed  # the box lies around x0, so clamping cannot leave the ball
-        return x0 + _scale_into(d, x0, eps, most=1.0)
+        inside = norm_of(d, "l2") <= eps
+        boxed = x.clamp(0.0, 1.0)  # enough inside the ball: the box lies around x0, so clamping cannot leave the ball
+        if bool(inside.all()):
+            return boxed
+        return torch.where(_wide(inside, x), boxed, x0 + _scale_into(d, x0, eps, most=1.0))
     if norm == "l1":
         return x0 + _soften_into(d, x0, eps)
     return x0 + project_ball(x.clamp(0.0, 1.0) - x0, norm, eps)
@@ -94,6 +104,8 @@ def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
     far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
     """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
     room = torch.where(g > 0, 1 - x0, x0)
     if norm == "linf":
         return (x0 + eps * g.sign()).clamp(0.0, 1.0)
@@ -118,16 +130,18 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
     With the coordinates C at their bounds b fixed, s^2 = (eps^2 - sum_C b^2) / sum_{not C} d^2. Raising s can only add
     coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, all feasible.
     """
-    flat = _flat(d)
+    flat, largest = _over_largest(d)
+    cap = most * largest
     bound = torch.where(flat > 0, 1 - _flat(x0), _flat(x0))
-    size, square = flat.abs(), flat.square()
+    square = flat.square()
+    size = torch.where(square > 0, flat.abs(), torch.zeros_like(flat))  # what vanishes beside the largest does not move
     tiny = torch.finfo(d.dtype).tiny
     at_bound = torch.zeros_like(size, dtype=torch.bool)
     for _ in range(size.shape[1] + 1):
         spent = torch.where(at_bound, bound.square(), torch.zeros_like(bound)).sum(1, keepdim=True)
         free = torch.where(at_bound, torch.zeros_like(square), square).sum(1, keepdim=True)
         s = ((eps * eps - spent).clamp_min(0) / free.clamp_min(tiny)).sqrt()
-        s = torch.where(free > 0, s, torch.full_like(s, torch.finfo(d.dtype).max)).clamp_max(most)
+        s = torch.where(free > 0, s, torch.full_like(s, torch.finfo(d.dtype).max)).minimum(cap)
         reached = at_bound | (s * size > bound)
         if bool((reached == at_bound).all()):
             break
@@ -174,8 +188,9 @@ def steepest(g: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return g.sign()
     if norm in ("l2", "l0"):
-        n = _wide(_flat(g).norm(dim=1), g)
-        return torch.where(n > 0, g / n.clamp_min(torch.finfo(g.dtype).tiny), torch.zeros_like(g))
+        flat, _ = _over_largest(g)
+        n = flat.norm(dim=1, keepdim=True)
+        return (flat / n.clamp_min(1.0)).view_as(g)  # the norm is at least one, or all is zero
     if norm == "l1":
         flat = _flat(g)
         top = flat.abs().argmax(1, keepdim=True)

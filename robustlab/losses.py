@@ -12,8 +12,12 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 
 
 def kl(p: Tensor, z: Tensor) -> Tensor:
-    """KL(p || softmax(z)) for probabilities p (N, K), with 0 log 0 = 0; gradients flow through both arguments."""
-    return (torch.xlogy(p, p) - p * z.log_softmax(-1)).sum(-1)
+    """KL(p || softmax(z)) for probabilities p (N, K), with 0 log 0 = 0; gradients flow through both arguments.
+
+    The gradient is finite at p = 0 too, where softmax underflows: a derivative of -inf there would turn into NaN behind it.
+    """
+    log_p = p.clamp_min(torch.finfo(p.dtype).tiny).log()
+    return (p * (log_p - z.log_softmax(-1))).sum(-1)
 
 
 def kl_logits(z_p: Tensor, z_q: Tensor) -> Tensor:
@@ -44,7 +48,13 @@ def dlr(z: Tensor, y: Tensor) -> Tensor:
 
 
 def dlr_targeted(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """Targeted DLR (equation 7): -(z_c - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), t = ``target`` (N,). Needs four classes."""
+    """Targeted DLR (equation 7): -(z_c - z_t) / (z_(1) - (z_(3) + z_(4)) / 2), t = ``target`` (N,).
+
+    Raises:
+        ValueError: fewer than four classes.
+    """
+    if z.shape[-1] < 4:
+        raise ValueError(f"the targeted DLR loss needs at least 4 classes, got {z.shape[-1]}")
     top = z.topk(4, dim=-1).values
     z_c = z.gather(-1, y.argmax(-1, keepdim=True)).squeeze(-1)
     z_t = z.gather(-1, target[:, None]).squeeze(-1)

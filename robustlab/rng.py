@@ -64,12 +64,13 @@ class Rng:
 
     def child(self, *names: str | int) -> Rng:
         """The source for a purpose; every distinct path draws independently."""
-        digest = hashlib.blake2b(repr((self.key, *names)).encode(), digest_size=8).digest()
+        path = (self.key, *(str(n) if isinstance(n, str) else int(n) for n in names))  # NumPy's scalars print otherwise
+        digest = hashlib.blake2b(repr(path).encode(), digest_size=8).digest()
         return replace(self, key=int.from_bytes(digest, "little"))
 
     def at(self, tickets: Tensor) -> Rng:
-        """The same source for samples with these tickets (N,), int64."""
-        return replace(self, tickets=tickets)
+        """The same source for samples with these tickets (N,), of any integer type."""
+        return replace(self, tickets=tickets.to(torch.int64))
 
     def select(self, rows: Tensor) -> Rng:
         """The same source for some of the samples (a mask or indices)."""
@@ -105,6 +106,10 @@ class Rng:
 
     def gamma(self, shape: Sequence[int], alpha: float, tries: int = 8) -> Tensor:
         """Gamma(alpha, 1) numbers: (N, *shape); Marsaglia and Tsang's method, ACM TOMS 26 (2000), first accepted of 8."""
+        return self._log_gamma(shape, alpha, tries).exp().float()
+
+    def _log_gamma(self, shape: Sequence[int], alpha: float, tries: int = 8) -> Tensor:
+        """Their logarithms, float64: for small alpha the numbers themselves underflow."""
         boost = alpha < 1
         d = (alpha + 1 if boost else alpha) - 1 / 3
         n = self.child("normal").normal((tries, *shape)).double()
@@ -112,16 +117,14 @@ class Rng:
         v = (1 + n / math.sqrt(9 * d)) ** 3
         ok = (v > 0) & (u.log() < n.square() / 2 + d - d * v + d * v.clamp_min(1e-300).log())
         first = ok.int().argmax(1, keepdim=True)  # the first True; the first try where none is (probability under 1e-10)
-        out = d * v.clamp_min(1e-300).gather(1, first).squeeze(1)
+        out = (d * v.clamp_min(1e-300).gather(1, first).squeeze(1)).log()
         if boost:
-            out = out * self.child("boost").uniform(shape).double().clamp_min(2.0**-25) ** (1 / alpha)
-        return out.float()
+            out = out + self.child("boost").uniform(shape).double().clamp_min(2.0**-25).log() / alpha
+        return out
 
     def beta(self, shape: Sequence[int], a: float, b: float) -> Tensor:
         """Beta(a, b) numbers: (N, *shape)."""
-        ga, gb = self.child("a").gamma(shape, a).double(), self.child("b").gamma(shape, b).double()
-        total = ga + gb
-        return torch.where(total > 0, ga / total.clamp_min(1e-300), torch.full_like(total, 0.5)).float()
+        return (self.child("a")._log_gamma(shape, a) - self.child("b")._log_gamma(shape, b)).sigmoid().float()
 
     # -------------------------------------------------------------------------------------- draws for the whole batch
 
