@@ -381,6 +381,24 @@ class Trainer(Part):
     joint: tuple[tuple[str, ...], ...] = ()
     allow_shards: bool = False
 
+    def __post_init__(self) -> None:
+        views = {"clean"}
+        for i, stage in enumerate(self.inner):
+            self._check(f"inner.{i}.on", getattr(stage, "on", "clean"), views)
+            views.add(getattr(stage, "to", "clean"))
+        for part in (self.objective, *self.regularizers):
+            for name in ("on", "clean", "adv"):
+                self._check(f"{part.name}.{name}", getattr(part, name, ()), views)
+        self._check("bn_updates", self.bn_updates, views)
+        for group in self.joint:
+            self._check("joint", group, views)
+
+    def _check(self, where: str, wanted: str | tuple[str, ...], views: set[str]) -> None:
+        for name in (wanted,) if isinstance(wanted, str) else wanted:
+            if name not in views:
+                made = ", ".join(sorted(views))
+                raise ValueError(f"{where} asks for the view '{name}', but the stages make only: {made}")
+
     def at(self, epoch: float, epochs: float) -> Trainer:
         """This trainer with every scheduled number at its value of that time."""
         return resolve_schedules(self, epoch, epochs)

@@ -113,13 +113,40 @@ class StreamImages:
         loader = torch.utils.data.DataLoader(
             self.dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=on_cuda, generator=torch.Generator()
         )
-        for x, y in loader:
+        batches = iter(loader)
+        while True:
+            try:
+                x, y = next(batches)
+            except StopIteration:
+                return
+            except UserError as error:  # from a worker it comes with a traceback in its text
+                raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
             positions = ahead.popleft()
             yield (
                 as_float(x.to(device, non_blocking=on_cuda)),
                 y.long().to(device, non_blocking=on_cuda),
                 positions.to(device),
             )
+
+
+class NoImages:
+    """A split that is absent: it has length 0, and visiting it says why.
+
+    Args:
+        reason: the line of the error.
+    """
+
+    def __init__(self, reason: str):
+        self.reason, self.labels = reason, torch.zeros(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(
+        self, index_batches: Iterable[Tensor], device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Raises ``UserError`` with the reason."""
+        raise UserError(self.reason)
 
 
 class _Requests(torch.utils.data.Sampler):

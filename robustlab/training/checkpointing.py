@@ -1,8 +1,8 @@
 """The resume state: one safetensors file, replaced atomically, that holds everything a run needs to go on bit for bit.
 
-Tensors: ``outer.*`` (weights, buffers, the parts' memory) and ``optimizer.<parameter>.<name>``. Metadata: one JSON block with the position in the
-run, the best result so far and the configuration. There is no generator state: draws are keyed by position.
-"""
+Tensors: ``outer.*`` (weights, buffers, the parts' memory) and ``optimizer.<parameter>.<name>``. Metadata: one JSON
+block with the position in the run, the best result so far and the configuration. There is no generator state: draws
+are keyed by position."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Several processes, started by ``torchrun``. The only place that knows ``torch.distributed``.
 
-One gradient synchronisation per step, by DistributedDataParallel around the whole loss (``Outer``). Buffers are not broadcast: a broadcast
-would throw away the other processes' stores; BatchNorm's statistics are averaged before they are looked at or saved.
-"""
+One gradient synchronisation per step, by DistributedDataParallel around the whole loss (``Outer``). Buffers are not
+broadcast: a broadcast would throw away the other processes' stores; BatchNorm's statistics are averaged before they
+are looked at or saved."""
 
 from __future__ import annotations
 

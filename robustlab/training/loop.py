@@ -1,8 +1,7 @@
 """The loop over epochs: batches, steps, probes, guards, checkpoints. Resumed, it goes on as if nothing had happened.
 
-Everything that a sample meets is keyed by its ticket, ``epoch * 2^40 + position``, and everything that couples a batch by the global number of the
-micro-batch, so the state of a run is its tensors and its epoch.
-"""
+Everything that a sample meets is keyed by its ticket, ``epoch * 2^40 + position``, and everything that couples a
+batch by the global number of the micro-batch, so the state of a run is its tensors and its epoch."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class Hooks:
     """What the loop is given from outside, since it knows neither attacks nor evaluation nor the screen.
 
     Attributes:
-        probe: model -> named accuracies on the validation split; ``clean`` and ``robust`` at least.
+        probe: model -> named accuracies on the validation split; ``val_clean`` at least, ``val_robust`` where there is an attack.
         export: (path, model, metrics) writes a checkpoint from which the model can be rebuilt alone.
         progress: takes a dict at every step and at every event.
     """
@@ -112,7 +111,7 @@ def fit(
             last = epoch + 1 == t.epochs
             if verdict.act is Act.CONTINUE and (last or (epoch + 1) % t.probe.every == 0):
                 metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
-                verdict = above_chance(metrics["clean"], splits.num_classes, epoch, t.guards.collapse)
+                verdict = above_chance(metrics["val_clean"], splits.num_classes, epoch, t.guards.collapse)
             event |= {k: v for k, v in metrics.items() if metrics.get("epoch") == epoch + 1}
             improved = metrics.get("epoch") == epoch + 1 and score(metrics) > score(best)
             best = metrics if improved else best
@@ -143,7 +142,7 @@ def complete_trainer(config: Config) -> Trainer:
 
 def score(metrics: dict[str, Any]) -> tuple[float, float]:
     """What ``best`` means: robust accuracy on the validation split, then clean accuracy."""
-    return (metrics.get("robust", -1.0), metrics.get("clean", -1.0))
+    return (metrics.get("val_robust", -1.0), metrics.get("val_clean", -1.0))
 
 
 def check_same(config: Config, saved: dict[str, Any], path: Path) -> None:
@@ -185,7 +184,8 @@ class Plan:
         parts = accumulation * world.size
         if self.size % parts:
             raise UserError(
-                f"training.batch_size: {self.size} images cannot be divided among {world.size} processes x {accumulation} micro-batches"
+                f"training.batch_size: {self.size} images cannot be divided among {world.size} processes"
+                f" x {accumulation} micro-batches"
             )
         self.steps = count // self.size
         self.count, self.accumulation, self.world = count, accumulation, world

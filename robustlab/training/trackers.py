@@ -1,4 +1,4 @@
-"""Where the events of a run go: a JSON line each, and whatever tracker the user likes. Optional packages are imported when named."""
+"""Where the events of a run go: a JSON line each, and the trackers named. Optional packages are imported when named."""
 
 from __future__ import annotations
 

@@ -1,0 +1,5 @@
+"""``python -m robustlab``."""
+
+from robustlab.cli import main
+
+main()

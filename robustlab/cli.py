@@ -1,0 +1,329 @@
+"""The command line. It parses, calls ``commands``, and prints; bad input is one line each and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustlab.types import UserError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train, attack, score and rank robust image classifiers.",
+)
+board = typer.Typer(no_args_is_help=True, help="Leaderboards: folders of records, rendered as markdown and CSV.")
+app.add_typer(board, name="leaderboard")
+
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set training.epochs=20")]
+Out = Annotated[Path | None, typer.Option(help="Folder to write into.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the folder stands.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets' files.")]
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file; `robustlab init` writes one.")],
+    set_: Settings = None,
+    out: Out = None,
+    resume: Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved run, its cost and its time; write nothing.")
+    ] = False,
+    data_root: DataRoot = None,
+) -> None:
+    """Train as a YAML file says. Writes last and best checkpoints, metrics and the state to resume from."""
+    from robustlab import commands
+    from robustlab.config import dump, load_config, to_yaml
+    from robustlab.report import console
+
+    settings = [*(set_ or []), *([f"data.root={data_root}"] if data_root else [])]
+    run = load_config(config, settings)
+    if dry_run:
+        plan = commands.dry_run(run)
+        console.out.print(to_yaml(dump(run)), markup=False, end="")
+        console.out.print(
+            f"\n{plan['parameters']:,} parameters; {plan['images']:,} training images, {plan['steps']} steps an epoch\n"
+            f"{plan['forwards']:g} forward and {plan['backwards']:g} backward passes per image and step\n"
+            f"about {console.duration(plan['seconds'])} for {run.training.epochs} epochs on {plan['device']} (from 3 timed steps)",
+            markup=False,
+        )
+        return
+    folder = out or commands.default_out(config)
+    with console.TrainingScreen(run.training.probe.steps) as screen:
+        outcome = commands.train(
+            run,
+            folder,
+            resume=resume,
+            progress=screen if _first_process() else lambda event: None,
+            config_path=config.as_posix() if not config.is_absolute() else None,
+        )
+    if not _first_process():
+        return
+    if outcome.resumed is not None:
+        done = "it was finished already" if outcome.resumed >= run.training.epochs else f"went on after epoch {outcome.resumed}"
+        console.out.print(f"resumed: {done}", markup=False)
+    if outcome.stopped:
+        console.err.print(f"stopped: {outcome.stopped}", markup=False)
+        raise typer.Exit(1)
+    attack = f"val pgd-{run.training.probe.steps}"
+    for label, metrics in (("best", outcome.best), ("last", outcome.metrics)):
+        line = console.accuracies_text(metrics, attack)
+        console.out.print(f"{label}  epoch {metrics['epoch']:>3}  {line}  {folder / label}.safetensors", markup=False)
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints, timm:NAME, torchvision:NAME or package.module:callable.")],
+    suite: Annotated[
+        list[str] | None, typer.Option(help="A suite's name or YAML file; may be repeated. Default: what the run names.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    num_examples: Annotated[int | None, typer.Option("--num-examples", "-n", min=1, help="The first N test images.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1; default: the one of the training.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255; default: of the training.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all draws; default: the suite's, else 0.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
+    out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
+    from robustlab import commands
+    from robustlab.config import load_suite
+    from robustlab.report import console
+
+    suites = [load_suite(name) for name in suite or []]
+    radius = read_radius(eps)
+    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    done = []
+    for model in models:
+        with console.EvaluationScreen(commands.model_label(model)) as screen:
+            done += commands.evaluate_one(
+                model,
+                suites,
+                data=data,
+                data_root=str(data_root) if data_root else None,
+                norm=norm,
+                eps=radius,
+                seed=seed,
+                num_examples=num_examples,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                out=out,
+                resume=resume,
+                progress=screen,
+            )
+    if as_json:
+        print(json.dumps([record.model_dump(mode="json") for record, _ in done], indent=2))
+        return
+    for record, path in done:
+        console.out.print(console.record_text(record), markup=False)
+        console.out.print(f"  {path}", markup=False, style="dim")
+
+
+def read_radius(text: str | None) -> float | None:
+    """``0.1`` or ``8/255`` as a number.
+
+    Raises:
+        UserError: neither.
+    """
+    from robustlab.config import numbers
+
+    if text is None:
+        return None
+    try:
+        return float(numbers(text, float))
+    except (TypeError, ValueError):
+        raise UserError(f"--eps {text}: expected a number such as 0.1 or 8/255") from None
+
+
+@board.command("build")
+def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with entries/*.json.")]) -> None:
+    """Render a board: index.md, index.csv, and the curve of accuracy against eps where a suite has several radii."""
+    import dataclasses
+
+    from robustlab import commands
+    from robustlab.report import console
+    from robustlab.report.tables import leaderboard_table
+    from robustlab.results import leaderboard
+
+    written = commands.build_board(folder)
+    shown = leaderboard.sections(folder)
+    if shown:
+        console.out.print(leaderboard_table(shown[0].heading, [dataclasses.asdict(row) for row in shown[0].rows]))
+    for path in written:
+        console.out.print(f"wrote {path}", markup=False, style="dim")
+
+
+@board.command("add")
+def add(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some.")],
+    folder: Annotated[Path, typer.Option("--board", help="The board to add to.")],
+) -> None:
+    """Copy records, with their ledgers, into a board; then `leaderboard build`."""
+    from robustlab.report import console
+    from robustlab.results import leaderboard
+
+    files = [found for path in records for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{records[0]}: holds no record.json")
+    for path in files:
+        console.out.print(f"added {leaderboard.add(folder, path)}", markup=False)
+
+
+# -------------------------------------------------------------------------------------------------------- information
+
+
+@app.command("list")
+def list_(kind: Annotated[str, typer.Argument(help="attacks, trainers, models, datasets, suites, corruptions, ...")]) -> None:
+    """List what there is of a kind, one line each."""
+    from robustlab.registry import entries, kind_of, summary
+    from robustlab.report import console
+    from robustlab.types import Trainer
+
+    rows = []
+    for name, cls in entries(kind_of(kind)).items():
+        extra = [cls.fidelity, cls.passes] if issubclass(cls, Trainer) else []
+        rows.append([name, summary(cls), *extra, cls.cite])
+    more = ["fidelity", "passes per sample"] if kind_of(kind) == "trainer" else []
+    if console.out.is_terminal:
+        console.out.print(console.table("", ["name", "what it is", *more, "source"], rows))
+    else:
+        width = max((len(r[0]) for r in rows), default=0)
+        for name, *rest in rows:
+            console.out.print(f"{name:<{width}}  {'  |  '.join(r for r in rest if r)}", markup=False)
+
+
+@app.command()
+def explain(name: Annotated[str, typer.Argument(help="The name of anything that `list` shows.")]) -> None:
+    """Explain a part: its formula, source, fields with units and defaults, and what a trainer is made of."""
+    from robustlab.report import console
+    from robustlab.report.explain import explain as text
+    from robustlab.report.explain import find
+
+    console.out.print("\n\n".join(text(cls) for cls in find(name)), markup=False)
+
+
+@app.command()
+def validate(
+    paths: Annotated[list[Path] | None, typer.Argument(help="YAML files, or folders of them.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")] = False,
+) -> None:
+    """Check YAML files: runs and suites. Reports every mistake with file, line and key."""
+    from robustlab.config import json_schema, validate_file
+    from robustlab.report import console
+
+    if schema:
+        print(json.dumps(json_schema(), indent=1))
+        return
+    if not paths:
+        raise UserError("validate: give YAML files or folders, for example configs/")
+    files: list[Path] = []
+    for path in paths:
+        found = sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path}: no YAML files in this folder")
+        files += found
+    problems: list[str] = []
+    for file in files:
+        try:
+            validate_file(file)
+        except UserError as error:
+            problems += error.lines
+    if problems:
+        raise UserError(*problems)
+    console.out.print(f"{len(files)} file{'s' if len(files) > 1 else ''}: no mistakes", markup=False)
+
+
+def templates() -> Path:
+    """The folder of ready configurations, in a wheel or in a checkout."""
+    inside = Path(str(resources.files("robustlab"))) / "_configs"
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="A ready configuration, such as digits/pgd-at.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; default: the name's last part.")] = None,
+) -> None:
+    """Write a ready configuration to start from."""
+    from robustlab.files import atomic_write
+    from robustlab.registry import nearest
+    from robustlab.report import console
+
+    known = {str(p.relative_to(templates()).with_suffix("").as_posix()): p for p in sorted(templates().rglob("*.yaml"))}
+    wanted = name.removesuffix(".yaml")
+    if wanted not in known:
+        raise UserError(f"no ready configuration '{name}'{nearest(wanted, known)}; there are: {', '.join(known)}")
+    target = out or Path(f"{wanted.rsplit('/', 1)[-1]}.yaml")
+    if target.exists():
+        raise UserError(f"{target}: exists already; choose another name with --out")
+    atomic_write(target, known[wanted].read_text())
+    console.out.print(f"wrote {target}; next: robustlab train {target}", markup=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script: runs a command and turns what the user can mend into one line each."""
+    sys.exit(run(args))
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 done, 1 stopped, 2 bad input, 130 interrupted."""
+    lines: tuple[str, ...]
+    try:
+        result: Any = app(args=args, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        lines, code = ("interrupted; what is written so far is whole: add --resume to go on",), 130
+    except UserError as error:
+        lines, code = error.lines, 2
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        lines, code = (f"{error.filename or 'output'}: {error.strerror}; what was written before is whole",), 2
+    except Exception as error:  # click's own: a wrong option shows its usage, everything else is a bug
+        if not hasattr(error, "show"):
+            raise
+        error.show()
+        return 2
+    for line in lines:
+        print(f"robustlab: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

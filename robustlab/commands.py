@@ -1,0 +1,441 @@
+"""What the commands do, without the screen: training, attacks, evaluation and results brought together.
+
+``cli`` prints and parses; this module is also the Python interface behind ``rl.train`` and ``rl.evaluate``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlab import config as configuration
+from robustlab import registry
+from robustlab.config import Config, dump
+from robustlab.files import atomic_write, exclusive, sha256
+from robustlab.modes import bn_mode, frozen
+from robustlab.outer import Outer, Precise, context_of
+from robustlab.rng import Rng
+from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
+
+Progress = Callable[[dict[str, Any]], None]
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+def torch_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"device: '{name}' is not available here; expected auto, cpu, or cuda on a machine with a GPU") from None
+    return device
+
+
+def complete_model(model: Model, splits: Splits) -> Model:
+    """The model with its open fields filled from the data.
+
+    Raises:
+        UserError: the model has another number of classes or channels than the data.
+    """
+    channels = splits.image_shape[0]
+    for name, here in (("num_classes", splits.num_classes), ("in_channels", channels)):
+        asked = getattr(model, name, None)
+        if asked is not None and asked != here:
+            raise UserError(f"model.{name}: the model has {asked}, the data {here}")
+    known = {"num_classes": splits.num_classes, "in_channels": channels, "mean": splits.mean, "std": splits.std}
+    own_statistics = any(f.name == "arch" for f in dataclasses.fields(model))
+    fill = {
+        f.name: known[f.name]
+        for f in dataclasses.fields(model)
+        if f.name in known and getattr(model, f.name) is None and not (own_statistics and f.name in ("mean", "std"))
+    }
+    return dataclasses.replace(model, **fill)
+
+
+def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
+    """Load the data and build the model, its weights drawn from the seed.
+
+    Returns:
+        The configuration with the model's open fields filled, the data, and the model on the CPU.
+    """
+    splits = config.data.load()
+    config = dataclasses.replace(config, model=complete_model(config.model, splits))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(Rng(config.seed).child("init").key % 2**63)
+        try:
+            f = config.model.build()
+            with torch.no_grad(), bn_mode(f, "eval"):
+                z = f(torch.zeros(1, *splits.image_shape))
+        except UserError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            shape = "x".join(map(str, splits.image_shape))
+            raise UserError(f"model: {config.model.name} cannot take images of {shape}: {str(error).splitlines()[0]}") from None
+    if z.shape != (1, splits.num_classes):
+        raise UserError(f"model: gives {tuple(z.shape)} for one image; the data has {splits.num_classes} classes")
+    return config, splits, f
+
+
+def export_meta(
+    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None
+) -> dict[str, Any]:
+    """The metadata block of a checkpoint."""
+    return {
+        "model": dump(config.model),
+        "image_shape": list(splits.image_shape),
+        "num_classes": splits.num_classes,
+        "class_names": list(splits.class_names),
+        "threat": dump(config.threat),
+        "trainer": trainer.name,
+        "fidelity": trainer.fidelity,
+        "config": dump(config),
+        "config_path": config_path,
+        "metrics": dict(metrics),
+        "epoch": metrics.get("epoch"),
+    }
+
+
+def probe(f: nn.Module, images: ImageSet, config: Config, num_classes: int, device: torch.device) -> dict[str, float]:
+    """Clean accuracy on a split and accuracy under PGD on its first images."""
+    p, threat = config.training.probe, config.threat
+    attack = configuration.build("attack", "pgd", norm=threat.norm, eps=threat.eps, steps=p.steps) if threat.norm != "l0" else None
+    right = robust = 0
+    rows = torch.arange(len(images))
+    callee = Precise(f, config.training.precision)
+    with frozen(f), bn_mode(f, "eval"):
+        for x, y, index in images.batches(rows.split(256), device):
+            with torch.no_grad():
+                right += int((callee(x).argmax(-1) == y).sum())
+            few = index < p.num_examples
+            if attack is None or not bool(few.any()):
+                continue
+            x, y, index = x[few], y[few], index[few]
+            x_adv, _ = attack.run(callee, x, one_hot(y, num_classes, x.dtype), Rng(config.seed).child("probe").at(index))
+            with torch.no_grad():
+                robust += int((callee(x_adv).argmax(-1) == y).sum())
+    out = {"val_clean": right / len(images)}
+    return out | ({"val_robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
+
+
+def default_out(path: Path) -> Path:
+    """``runs/<folder>/<name>`` of a configuration file."""
+    return Path("runs") / path.resolve().parent.name / path.stem
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda event: None,
+    config_path: str | None = None,
+) -> Any:
+    """Train as configured, into the folder ``out``.
+
+    Args:
+        config: the run.
+        out: its folder; must be new, or hold this very run if ``resume``.
+        resume: go on where the folder stands; a new folder is started.
+        progress: takes a dict at every step and at the end of every epoch.
+        config_path: where the configuration was read from, for provenance.
+
+    Returns:
+        ``training.loop.Outcome``.
+
+    Raises:
+        UserError: something asked for is impossible; nothing is left behind.
+    """
+    from robustlab.models.checkpoint import save_checkpoint
+    from robustlab.training import distributed
+    from robustlab.training.checkpointing import read_state_meta
+    from robustlab.training.loop import Hooks, check_same, complete_trainer, fit
+
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    device = distributed.local_device(torch_device(config.training.device))
+    config, splits, f = prepare(config)
+    state = out / "state.safetensors"
+    if resume and state.exists():
+        check_same(config, read_state_meta(state)["config"], state)
+    elif not resume and (state.exists() or (out / "metrics.jsonl").exists()):
+        raise UserError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    f = f.to(device, memory_format=torch.channels_last if config.training.channels_last else torch.preserve_format)
+    trainer = complete_trainer(config)
+
+    def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
+        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path))
+
+    hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
+    with distributed.joined(device) as world, contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            stack.enter_context(exclusive(out))
+        fresh = not state.exists()
+        try:
+            if world.rank == 0 and fresh:
+                atomic_write(out / "config.yaml", configuration.to_yaml(dump(config)))
+            return fit(config, f, splits, out, hooks, world=world, device=device, resume=resume)
+        except UserError:
+            if world.rank == 0 and fresh and not state.exists():
+                stack.callback(_forget, out)
+            raise
+
+
+def _forget(folder: Path) -> None:
+    """Remove a folder that a run made before it turned out to be impossible."""
+    for name in ("config.yaml", "metrics.jsonl", ".lock"):
+        path = folder / name
+        if path.is_file() and (name != "metrics.jsonl" or path.stat().st_size == 0):
+            path.unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def dry_run(config: Config) -> dict[str, Any]:
+    """What a run would be: parameters, passes per sample, and the time it would take by three timed steps.
+
+    Returns:
+        ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
+    """
+    from robustlab.training.loop import Plan, complete_trainer, loader
+    from robustlab.training.step import check_shards, train_step
+    from robustlab.types import Alone
+
+    if config.training.threads is not None:
+        torch.set_num_threads(config.training.threads)
+    device = torch_device(config.training.device)
+    config, splits, f = prepare(config)
+    t = config.training
+    f = f.to(device)
+    check_shards(config.trainer, t.accumulation)
+    plan = Plan(len(splits.train), t.batch_size, t.accumulation, Alone())
+    trainer = complete_trainer(config).at(0, t.epochs)
+    outer = Outer(f, trainer, context_of(f, splits.num_classes, len(splits.train), splits.image_shape), t.precision).to(device)
+    optimizer = config.optimizer.build(outer.parameters())
+    rng = Rng(config.seed)
+    batches = loader(splits, plan, rng, 0, device)
+    forwards = backwards = rows = 0
+
+    def forward_hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        nonlocal forwards, backwards
+        forwards += len(out)
+        if out.requires_grad:
+
+            def count(grad: Tensor) -> None:
+                nonlocal backwards
+                backwards += len(grad)
+
+            out.register_hook(count)
+
+    times = []
+    for step in range(min(4, plan.steps)):
+        micro = [next(batches) for _ in range(t.accumulation)]
+        handle = f.register_forward_hook(forward_hook) if step == 0 else None
+        begun = time.perf_counter()
+        train_step(outer, micro, trainer, optimizer, rng.child("step"), clip_grad=t.clip_grad)
+        times.append(time.perf_counter() - begun)
+        if handle is not None:
+            handle.remove()
+            rows = plan.size
+    warm = sorted(times[1:] or times)
+    return {
+        "parameters": sum(p.numel() for p in f.parameters()),
+        "images": len(splits.train),
+        "steps": plan.steps,
+        "forwards": forwards / rows,
+        "backwards": backwards / rows,
+        "seconds": warm[len(warm) // 2] * plan.steps * t.epochs,
+        "device": str(device),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def command_line() -> str:
+    """The command that is running, as one would type it."""
+    program = Path(sys.argv[0]).name
+    ours = program in ("robustlab", "__main__.py", "cli.py")
+    return shlex.join(["robustlab" if ours else program, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the working tree that robustlab runs from, or None."""
+    where = Path(__file__).parent
+    if not (where.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def model_label(spec: str) -> str:
+    """What tables call a model: a run's folder for its best checkpoint, else the name in short."""
+    path = Path(spec)
+    if path.suffix != ".safetensors":
+        return spec
+    folder = path.resolve().parent.name
+    return folder if path.stem == "best" else f"{folder}-{path.stem}"
+
+
+def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | None) -> Dataset:
+    """The data set to evaluate on: the one named (``digits``, or YAML such as ``{name: digits, size: 8}``), else the training's.
+
+    Raises:
+        UserError: nothing is named and the model does not say; an unknown name or field.
+    """
+    trained: dict[str, Any] = dict((meta or {}).get("config", {}).get("data", {}))
+    if name is None and not trained:
+        raise UserError("this model does not say which data it is for: give --data, for example --data digits")
+    spec = configuration.parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, dict):
+        raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
+    if spec.get("name") == trained.get("name"):
+        spec = {**trained, **spec}
+    spec.pop("augment", None)
+    return configuration.build("dataset", spec | ({"root": root} if root else {}))
+
+
+def evaluate_one(
+    spec: str,
+    suites: Sequence[Suite],
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    norm: str | None = None,
+    eps: float | None = None,
+    seed: int | None = None,
+    num_examples: int | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+    precision: str = "fp32",
+    out: Path = Path("evaluations"),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> list[tuple[Any, Path]]:
+    """Score one model under several suites; writes a ledger and a record for each below ``out``.
+
+    Args:
+        spec: a checkpoint, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:callable``.
+        suites: what to run; empty means what the model's own configuration names.
+        data, data_root: see :func:`choose_data`.
+        norm, eps: the threat model; None takes the one that the model was trained for.
+        seed, num_examples, batch_size, precision, resume, progress: as in ``evaluation.runner.evaluate``.
+        device: ``auto``, ``cpu``, ``cuda``.
+        out: folder; a result lies in ``out/<model>/<suite>``.
+
+    Returns:
+        (record, its path) for each suite, in order.
+
+    Raises:
+        UserError: anything that does not fit, before the first pass.
+    """
+    from robustlab.evaluation.runner import evaluate
+    from robustlab.models.checkpoint import load_model
+    from robustlab.results.record import record_from, write_record
+
+    where = torch_device(device)
+    f = load_model(spec, where)
+    meta: dict[str, Any] | None = getattr(f, "robustlab_meta", None)
+    part = choose_data(data, meta, data_root)
+    splits = part.load()
+    if meta is not None and splits.num_classes != meta["num_classes"]:
+        raise UserError(f"{spec}: the model has {meta['num_classes']} classes, the data set '{part.name}' {splits.num_classes}")
+    known = (meta or {}).get("config", {})
+    if not suites:
+        suites = [configuration.load_suite(name) for name in known.get("evaluation", {}).get("suites", [])]
+    if not suites:
+        raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
+    trained = (meta or {}).get("threat", {})
+    norm = norm or trained.get("norm")
+    eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
+    try:
+        threat = Threat(norm, eps) if norm is not None and eps is not None else None  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"--eps: {error}") from None
+    model = {
+        "name": spec,
+        "label": model_label(spec),
+        "checkpoint": sha256(spec) if Path(spec).is_file() else None,
+        "trainer": (meta or {}).get("trainer"),
+        "fidelity": (meta or {}).get("fidelity"),
+        "architecture": (meta or {}).get("model", {}).get("name"),
+        "parameters": sum(p.numel() for p in f.parameters()),
+    }
+    out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
+    for suite in suites:
+        own = threat if suite.attacks and not (suite.norms and suite.eps) else None
+        folder = out_model / (suite.name + (f"-{own.norm}-{own.eps:.6g}" if own else ""))
+        shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
+        result = evaluate(
+            f,
+            splits.test,
+            suite,
+            threat=threat,
+            seed=seed,
+            batch_size=batch_size,
+            device=where,
+            precision=precision,  # type: ignore[arg-type]
+            num_examples=num_examples,
+            out=folder,
+            resume=resume,
+            progress=shown,
+        )
+        record = record_from(
+            result,
+            model=model,
+            data={"name": part.name, "split": "test"},
+            command=command_line(),
+            config=(meta or {}).get("config_path"),
+            commit=commit(),
+        )
+        path = folder / "record.json"
+        if not (path.exists() and _same_but_time(path, record)):
+            write_record(path, record)
+        results.append((record, path))
+    return results
+
+
+def _same_but_time(path: Path, record: Any) -> bool:
+    """Whether the file holds this record already, made by an earlier command."""
+    from robustlab.results.record import read_record
+
+    try:
+        old = read_record(path)
+    except UserError:
+        return False
+    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics
+
+
+def build_board(folder: Path) -> list[Path]:
+    """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
+    from robustlab.report.figures import accuracy_curve
+    from robustlab.results import leaderboard
+    from robustlab.results.record import read_record
+
+    written: list[Path] = []
+    records = [read_record(p).model_dump(mode="json") for p in sorted((folder / "entries").glob("*.json"))]
+    swept = [r for r in records if len(r["metrics"]["threats"]) > 1]
+    if swept:
+        first = swept[0]["suite"]["name"]
+        written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
+    return [*leaderboard.build(folder), *written]

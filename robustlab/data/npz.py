@@ -1,0 +1,142 @@
+"""Images and labels in one ``.npz`` file, or in a folder of ``.npy`` files; mapped into memory rather than read where possible."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlab.data.images import MemoryImages, NoImages, data_root, fingerprint, mean_std, memory_splits
+from robustlab.registry import register
+from robustlab.types import Count, Dataset, Splits, UserError
+
+KEYS = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "class_names")
+
+
+@register("npz")
+class Npz(Dataset):
+    """Your own images: ``x_train y_train x_test y_test`` and if you like ``x_val y_val class_names``, as .npz or a folder of .npy.
+
+    Images are uint8, (N, H, W, C), (N, C, H, W) or (N, H, W); labels are whole numbers. Files stored without compression
+    (``numpy.savez``) and .npy files are mapped into memory, so they may be larger than it. Without ``x_train``
+    models can be scored only.
+
+    Attributes:
+        path: the file or folder; a relative one is looked for here, then under the root.
+        layout: of the images; auto finds it from the number of channels.
+        num_classes: K; None takes the largest label.
+        validation: images held out from train where there is no ``x_val``.
+    """
+
+    path: str | None = None
+    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
+    num_classes: Count | None = None
+    validation: Count = 1000
+
+    def load(self) -> Splits:
+        path = self._find()
+        arrays = read_folder(path) if path.is_dir() else read_npz(path)
+        pairs = {split: self._pair(arrays, split, path) for split in ("train", "val", "test")}
+        if pairs["test"] is None:
+            raise UserError(f"npz: {path} has no x_test; it has {', '.join(sorted(arrays)) or 'nothing'}")
+        if "class_names" in arrays:
+            names = [str(n) for n in arrays["class_names"].tolist()]
+        else:
+            top = max((int(y.max()) for _, y in filter(None, pairs.values()) if len(y)), default=0)
+            names = [str(k) for k in range(self.num_classes or top + 1)]
+        if self.num_classes not in (None, len(names)):
+            raise UserError(f"npz: {path} names {len(names)} classes, but num_classes is {self.num_classes}")
+        if pairs["train"] is None:
+            test = MemoryImages(*pairs["test"], len(names), source=f"npz: {path}: test")
+            absent = NoImages(f"npz: {path} has no x_train")
+            shape = tuple(test.images.shape[1:])
+            return Splits(absent, absent, test, tuple(names), shape, *mean_std(test), fingerprint(test))
+        validation = pairs["val"] or min(self.validation, len(pairs["train"][1]) // 2)
+        return memory_splits(pairs["train"], pairs["test"], names, validation=validation, source=f"npz: {path}", copy=False)
+
+    def _find(self) -> Path:
+        if self.path is None:
+            raise UserError("npz: give path, the .npz file or the folder of .npy files")
+        given = Path(self.path).expanduser()
+        for path in (given, data_root(self.root) / given):
+            if path.exists():
+                return path
+        raise UserError(f"npz: no such file '{given}', neither here nor in {data_root(self.root)}")
+
+    def _pair(self, arrays: dict[str, np.ndarray], split: str, path: Path) -> tuple[Tensor, Tensor] | None:
+        x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
+        if x is None and y is None:
+            return None
+        if x is None or y is None:
+            raise UserError(f"npz: {path} has {'y' if x is None else 'x'}_{split} but no {'x' if x is None else 'y'}_{split}")
+        if x.dtype != np.uint8:
+            raise UserError(f"npz: {path}: x_{split} must be uint8, got {x.dtype}")
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if y.dtype.kind not in "iu" or y.ndim != 1:
+            raise UserError(f"npz: {path}: y_{split} must be a vector of whole numbers, got shape {y.shape} of {y.dtype}")
+        return self._images(torch.from_numpy(x), f"npz: {path}: x_{split}"), torch.from_numpy(y.astype(np.int64))
+
+    def _images(self, x: Tensor, source: str) -> Tensor:
+        if x.ndim == 3:
+            return x[:, None]
+        if x.ndim != 4:
+            raise UserError(f"{source}: expected (N, H, W, C), (N, C, H, W) or (N, H, W), got {tuple(x.shape)}")
+        last, first = x.shape[3] in (1, 3), x.shape[1] in (1, 3)
+        if self.layout == "auto" and last == first:
+            reason = "both ends could be the channels; give layout" if last else "neither end has 1 or 3 channels"
+            raise UserError(f"{source}: {reason}, got shape {tuple(x.shape)}")
+        nhwc = last if self.layout == "auto" else self.layout == "NHWC"
+        return x.permute(0, 3, 1, 2) if nhwc else x
+
+
+def read_folder(folder: Path) -> dict[str, np.ndarray]:
+    """The known arrays in a folder of .npy files, mapped."""
+    return {key: _open_npy(folder / f"{key}.npy") for key in KEYS if (folder / f"{key}.npy").is_file()}
+
+
+def _open_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"npz: {path}: not a .npy file, or a damaged one: {error}") from None
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The known arrays of a .npz file: mapped where they are stored as they are, read where they are compressed.
+
+    Raises:
+        UserError: not such a file, damaged, or with pickled objects in it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
+            return {key: _member(path, archive, members[key]) for key in KEYS if key in members}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, struct.error, NotImplementedError) as error:
+        raise UserError(f"npz: {path}: not a .npz file, or a damaged one: {error}") from None
+
+
+def _member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as file:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        inside = file.tell()
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    if 0 in shape:
+        return np.zeros(shape, dtype)
+    if member.file_size != inside + dtype.itemsize * int(np.prod(shape)):
+        raise ValueError(f"{member.filename} is cut short")
+    with open(path, "rb") as raw:  # the local header's name and extra field have lengths of their own
+        raw.seek(member.header_offset + 26)
+        name, extra = struct.unpack("<HH", raw.read(4))
+    start = member.header_offset + 30 + name + extra + inside
+    return np.memmap(path, dtype, mode="c", offset=start, shape=shape, order="F" if fortran else "C")

@@ -1,0 +1,189 @@
+"""What an evaluation found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustlab.evaluation.statistics import Interval, wilson
+
+
+@dataclass
+class Tally:
+    """What one attack, one corruption or the clean pass did, added up over the batches."""
+
+    given: int = 0
+    correct: int = 0
+    forwards: int = 0
+    backwards: int = 0
+    seconds: float = 0.0
+    reached: float = 0.0
+    outside: int = 0
+    flags: list[str] = field(default_factory=list)
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.given += len(entry["verdict"])
+        self.correct += sum(entry["verdict"])
+        self.forwards += entry["forwards"]
+        self.backwards += entry["backwards"]
+        self.seconds += entry["seconds"]
+        self.reached = max(self.reached, entry.get("reached", 0.0))
+        self.outside += entry.get("outside", 0)
+        self.flags += [flag for flag in entry.get("flags", ()) if flag not in self.flags]
+
+    @property
+    def broken(self) -> int:
+        return self.given - self.correct
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """Accuracies of a classifier under a suite. Fractions are of all ``n`` images, misclassified ones included.
+
+    Attributes:
+        n: images evaluated.
+        clean_accuracy, clean_interval: without an adversary; intervals are Wilson's, 95 %.
+        robust_accuracy, interval: correct, and broken by no attack of the first threat model; None without attacks.
+        per_attack: for the first threat model, in order: ``robust_accuracy`` after the attack, how many images it was given
+            and broke, its ``forwards``, ``backwards`` and ``seconds``, the largest norm it reached, how many images it
+            returned outside ball or box (they were projected before they were scored), and its warnings (``flags``).
+        clean, robust: verdict of each image (n,), bool; ``robust`` is None without attacks.
+        threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost``.
+        verdicts: ``robust`` for each of ``threats``.
+        corruptions: for each corruption the accuracy at each severity (keys ``"1"`` to ``"5"``) and their ``mean``.
+        corruption_accuracy: the mean over the corruptions, or None.
+        cost: ``forwards backwards seconds`` in all, and per image. The forward that re-scores an attack's images is not the
+            attack's and is not counted.
+        suite: its name and every parameter (``resolved``).
+        seed, precision, batch_size: as used. ``precision`` is that of the search; scores are always in full precision.
+        model_hash: of the weights and the structure.
+        fingerprint: of the images and labels evaluated.
+        environment: versions and machine.
+        provenance: what the caller handed over.
+        ledger: the file with the per-sample verdicts, or None.
+    """
+
+    n: int
+    clean_accuracy: float
+    clean_interval: Interval
+    robust_accuracy: float | None
+    interval: Interval | None
+    per_attack: dict[str, dict[str, Any]]
+    clean: Tensor
+    robust: Tensor | None
+    threats: list[dict[str, Any]]
+    verdicts: list[Tensor]
+    corruptions: dict[str, dict[str, float]]
+    corruption_accuracy: float | None
+    cost: dict[str, float]
+    suite: dict[str, Any]
+    seed: int
+    precision: str
+    batch_size: int
+    model_hash: str
+    fingerprint: str
+    environment: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    ledger: str | None = None
+
+    def __repr__(self) -> str:
+        """One line: ``clean 95.31 % [90.1, 97.8], robust 73.44 % [65.2, 80.3] under pgd-20 (linf 0.1, n = 128)``."""
+        parts = [_show("clean", self.clean_accuracy, self.clean_interval)]
+        where = f"n = {self.n}"
+        if self.robust_accuracy is not None and self.interval is not None:
+            parts.append(_show("robust", self.robust_accuracy, self.interval))
+            where = f"{self.threats[0]['norm']} {self.threats[0]['eps']:.4g}, {where}"
+        if self.corruption_accuracy is not None:
+            parts.append(f"corruptions {100 * self.corruption_accuracy:.2f} %")
+        return f"{', '.join(parts)} under {self.suite['name']} ({where})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the per-sample verdicts (they are in the ledger), as plain JSON-able values."""
+        k = int(self.clean.sum())
+        first = self.threats[0] if self.threats else None
+        return {
+            "n": self.n,
+            "clean": proportion(k, self.n),
+            "robust": proportion(first["k"], self.n) if first else None,
+            "threat": {"norm": first["norm"], "eps": first["eps"]} if first else None,
+            "per_attack": self.per_attack,
+            "threats": self.threats,
+            "corruptions": self.corruptions,
+            "corruption_accuracy": self.corruption_accuracy,
+            "cost": self.cost,
+            "suite": self.suite,
+            "seed": self.seed,
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "model_hash": self.model_hash,
+            "fingerprint": self.fingerprint,
+            "environment": self.environment,
+            "provenance": self.provenance,
+            "ledger": self.ledger,
+        }
+
+
+def _show(name: str, accuracy: float, interval: Interval) -> str:
+    return f"{name} {100 * accuracy:.2f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def proportion(k: int, n: int) -> dict[str, Any]:
+    return {"k": k, "n": n, "accuracy": k / n, "interval": list(wilson(k, n))}
+
+
+def cost_of(tallies: list[Tally], n: int) -> dict[str, float]:
+    forwards, backwards = sum(t.forwards for t in tallies), sum(t.backwards for t in tallies)
+    return {
+        "forwards": forwards,
+        "backwards": backwards,
+        "seconds": sum(t.seconds for t in tallies),
+        "forwards_per_sample": forwards / n,
+        "backwards_per_sample": backwards / n,
+    }
+
+
+def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Tensor) -> dict[str, Any]:
+    """One entry of ``Result.threats``."""
+    n, k = len(verdict), int(verdict.sum())
+    per_attack = {
+        label: {
+            "robust_accuracy": t.correct / n,
+            "attacked": t.given,
+            "broken": t.broken,
+            "forwards": t.forwards,
+            "backwards": t.backwards,
+            "seconds": t.seconds,
+            "reached": t.reached,
+            "outside": t.outside,
+            "flags": t.flags,
+        }
+        for label, t in tallies.items()
+    }
+    return {
+        "norm": norm,
+        "eps": eps,
+        "k": k,
+        "robust_accuracy": k / n,
+        "interval": list(wilson(k, n)),
+        "per_attack": per_attack,
+        "cost": cost_of(list(tallies.values()), n),
+    }
+
+
+def corruption_summary(tallies: dict[tuple[str, int], Tally], n: int) -> dict[str, dict[str, float]]:
+    """``Result.corruptions``."""
+    out: dict[str, dict[str, float]] = {}
+    for (label, severity), t in tallies.items():
+        out.setdefault(label, {})[str(severity)] = t.correct / n
+    for row in out.values():
+        row["mean"] = sum(row.values()) / len(row)
+    return out
+
+
+def as_mask(indices: list[int], n: int) -> Tensor:
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[torch.tensor(indices, dtype=torch.long)] = True
+    return mask

@@ -1,0 +1,518 @@
+"""The evaluator: a classifier, labelled images and a suite in; per-sample verdicts and a result out.
+
+    for each batch (cut at fixed positions):
+        correct = argmax f(x) = y
+        for each threat model, survivors = correct; for each attack in order:
+            x' = project(attack(survivors));  survivors = argmax f(x') = y          f in eval mode and full precision
+        for each corruption and severity: argmax f(corrupt(x)) = y
+
+It trusts nobody: an attack sees a copy of the images and may return what it likes; it is projected on ball and box and scored again
+here. Draws are keyed by the image's position, never by its batch. Every verdict is in the ledger before the next is computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import robustlab
+from robustlab import geometry
+from robustlab.evaluation.counting import Counter
+from robustlab.evaluation.ledger import Ledger
+from robustlab.evaluation.result import Result, Tally, as_mask, corruption_summary, cost_of, threat_summary
+from robustlab.evaluation.sources import Fingerprint, open_source
+from robustlab.evaluation.statistics import wilson
+from robustlab.files import exclusive
+from robustlab.modes import ambient, bn_mode, frozen, unwrap
+from robustlab.rng import Rng
+from robustlab.types import Attack, Classifier, Corruption, Suite, Threat, UserError, one_hot, with_threat
+
+LEDGER = "ledger.jsonl"
+SLACK = 1e-5  # relative and absolute: what float32 arithmetic may leave outside the ball
+
+
+def evaluate(
+    f: Classifier,
+    data: Any,
+    suite: str | Mapping[str, Any] | Suite,
+    *,
+    threat: Threat | None = None,
+    seed: int | None = None,
+    batch_size: int = 128,
+    device: torch.device | str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    num_examples: int | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Result:
+    """Score a classifier under a suite.
+
+    Args:
+        f: the classifier; its modes and flags are as before afterwards.
+        data: tensors ``(x, y)``, a ``types.ImageSet`` or ``Splits`` (its test part), a torch Dataset of (image tensor, label)
+            or a DataLoader that does not shuffle. Images float in [0, 1] or uint8. One batch at a time is held.
+        suite: a part, a name, or a mapping with a name and fields.
+        threat: for suites that name no norms or no radii.
+        seed: of all draws; None takes the suite's, else 0.
+        batch_size: images per attack call. No verdict of an attack that is not ``coupled`` depends on it (in exact arithmetic).
+        device: where to compute; a module is moved there. None: where its parameters are.
+        precision: of the search. Scores are always in full precision.
+        num_examples: the first so many images; None takes the suite's number, else all.
+        out: folder for ``ledger.jsonl``; this process holds the folder meanwhile.
+        resume: go on with the ledger in ``out``, if there is one.
+        progress: called after each line of the ledger with ``n done batch threat attack given correct seconds clean_accuracy
+            robust_accuracy`` (accuracies of the batches finished so far; None before the first).
+        provenance: kept in the result.
+
+    Raises:
+        UserError: one line: bad images, labels, radius, batch size; a model whose logits do not fit the labels; an attack or a
+            corruption that returns anything but images; a ledger that belongs to another evaluation, or cannot be written.
+    """
+    from robustlab import config
+
+    suite = config.build("suite", suite)
+    seed = seed if seed is not None else suite.seed if suite.seed is not None else 0
+    limit = num_examples if num_examples is not None else suite.num_examples
+    for what, value in (("num_examples", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{what} must be at least 1, got {value}")
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
+    threats = threats_of(suite, threat)
+    source = open_source(data)
+    size = source.size if limit is None else min(limit, source.size or limit)
+    where = _device(f, device)
+    if device is not None and isinstance(f, nn.Module):
+        f.to(where)
+    resolved = {"name": suite.name, "resolved": config.dump(suite)}
+    header = {
+        "ledger": 1,
+        "model": model_hash(f),
+        "data": source.fingerprint,
+        "n": size,
+        "suite": resolved,
+        "threats": [{"norm": t.norm, "eps": t.eps} for t in threats],
+        "seed": seed,
+        "precision": precision,
+        "batch_size": batch_size,
+        "device": where.type,
+        "versions": {name: _version(name) for name in ("torch", "pyautoattack")} | {"robustlab": robustlab.__version__},
+    }
+    path = None if out is None else Path(out) / LEDGER
+    with (
+        contextlib.nullcontext() if out is None else exclusive(out),
+        contextlib.closing(Ledger(path, header, resume=resume)) as ledger,
+        frozen(f),
+        bn_mode(f, "eval"),
+    ):
+        run = _Run(f, suite, threats, seed, precision, where, source.num_classes, ledger, size, progress)
+        for x, y in source.batches(batch_size, limit):
+            run.batch(x, y)
+        if run.seen == 0:
+            raise UserError("data: no images")
+        if model_hash(f) != header["model"]:
+            raise UserError(
+                "the model's weights or buffers changed during the evaluation: one of its attacks, or its own forward, wrote them"
+            )
+    return run.result(
+        suite=resolved,
+        batch_size=batch_size,
+        model_hash=header["model"],
+        environment=environment(where),
+        provenance=dict(provenance or {}),
+        ledger=None if path is None else str(path),
+    )
+
+
+def threats_of(suite: Suite, threat: Threat | None) -> list[Threat]:
+    """The threat models of a suite's attacks: its norms times its radii, else the caller's, else the one its attacks agree on.
+
+    Raises:
+        UserError: there are attacks and no threat model, an attack that does not know the norm, or one that names another.
+    """
+    if not suite.attacks:
+        return []
+    norms = suite.norms or ((threat.norm,) if threat else ())
+    radii = suite.eps or ((threat.eps,) if threat else ())
+    if not norms or not radii:
+        own = {(a.norm, a.eps) for a in suite.attacks}
+        norm, eps = own.pop() if len(own) == 1 else (None, None)
+        norms, radii = norms or ((norm,) if norm else ()), radii or ((eps,) if eps is not None else ())
+    if not norms or not radii:
+        missing = " and ".join(name for name, given in (("norm", norms), ("eps", radii)) if not given)
+        raise UserError(f"suite '{suite.name}': give {missing} of the threat model, for example --norm linf --eps 8/255")
+    try:
+        threats = [Threat(norm, eps) for norm in norms for eps in radii]
+    except ValueError as error:
+        raise UserError(f"suite '{suite.name}': {error}") from error
+    for t in threats:
+        for a in suite.attacks:
+            if t.norm not in a.norms:
+                raise UserError(f"the attack '{a.name}' does not work in {t.norm}; it works in {', '.join(a.norms)}")
+            if a.norm not in (None, t.norm) or a.eps not in (None, t.eps):
+                own = f"{a.norm or t.norm} {t.eps if a.eps is None else a.eps:g}"
+                raise UserError(f"the attack '{a.name}' has its own threat model, {own}; the evaluation's is {t.norm} {t.eps:g}")
+    return threats
+
+
+def model_hash(f: Any) -> str:
+    """SHA-256 over the structure and every tensor of a module's state; for a plain callable, over its name."""
+    module = unwrap(f)
+    digest = hashlib.sha256()
+    if not isinstance(module, nn.Module):
+        named = module if hasattr(module, "__qualname__") else type(module)
+        digest.update(f"{named.__module__}:{named.__qualname__}".encode())
+        return digest.hexdigest()
+    digest.update(str(module).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number may depend on besides its inputs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "robustlab": robustlab.__version__,
+        "pyautoattack": _version("pyautoattack"),
+        "platform": platform.platform(),
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "device": name,
+    }
+
+
+class _Run:
+    """One evaluation in progress: batch by batch, every verdict through the ledger."""
+
+    def __init__(
+        self,
+        f: Classifier,
+        suite: Suite,
+        threats: list[Threat],
+        seed: int,
+        precision: str,
+        device: torch.device,
+        num_classes: int | None,
+        ledger: Ledger,
+        size: int | None,
+        progress: Callable[[dict[str, Any]], None] | None,
+    ):
+        self.f, self.suite, self.seed, self.precision, self.device = f, suite, seed, precision, device
+        self.dtype = _dtype(f)
+        self.ledger, self.size, self.progress = ledger, size, progress
+        self.num_classes = num_classes
+        self.attacks = list(zip(unique([a.name for a in suite.attacks]), suite.attacks, strict=True))
+        self.corruptions = list(zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True))
+        self.threats = threats
+        self.fingerprint = Fingerprint()
+        self.seen = self.finished = self.batches = 0
+        self.clean, self.clean_rows = Tally(), list[int]()
+        self.attacked = [{label: Tally() for label, _ in self.attacks} for _ in threats]
+        self.robust_rows: list[list[int]] = [[] for _ in threats]
+        self.corrupted = {(label, s): Tally() for label, _ in self.corruptions for s in suite.severities}
+
+    # ---------------------------------------------------------------------------------------------- one batch
+
+    def batch(self, x: Tensor, y: Tensor) -> None:
+        first, self.seen = self.seen, self.seen + len(x)
+        index = torch.arange(first, self.seen)
+        images = self.fingerprint.add(x, y)
+        x, y = x.to(self.device, self.dtype), y.to(self.device)
+        correct = self._clean(x, y, index, images)
+        for number, threat in enumerate(self.threats):
+            alive = correct
+            for position, (label, attack) in enumerate(self.attacks):
+                alive = self._attack(number, threat, position, label, attack, x, y, index, alive)
+            self.robust_rows[number] += index[alive].tolist()
+        for label, corruption in self.corruptions:
+            for severity in self.suite.severities:
+                self._corrupt(label, corruption, severity, x, y, index)
+        self.finished, self.batches = self.seen, self.batches + 1
+
+    def _clean(self, x: Tensor, y: Tensor, index: Tensor, images: str) -> Tensor:
+        """Which rows are classified correctly, as a mask on the CPU."""
+        old = self.ledger.get(None, "clean", self.batches)
+        if old is not None and old.get("images") != images:
+            raise UserError(
+                f"{self.ledger.path}: the images or labels of batch {self.batches} are not those of the earlier run; "
+                "the data changed, or its order is not fixed (a DataLoader that shuffles?)"
+            )
+        if old is None or self.num_classes is None or self.batches == 0:
+            start = self._clock()
+            z = self._first_logits(x) if self.batches == 0 else self._logits(x)
+            seconds = self._clock() - start
+            self._check_logits(z, y)
+            if old is None:
+                verdict = (z.argmax(1) == y).tolist()
+                old = self._write(None, "clean", index.tolist(), verdict, len(x), 0, seconds, {"images": images})
+        verdict = torch.tensor(old["verdict"], dtype=torch.bool)
+        self.clean_rows += index[verdict].tolist()
+        self._report(old, self.clean)
+        return verdict
+
+    def _attack(
+        self,
+        number: int,
+        threat: Threat,
+        position: int,
+        label: str,
+        attack: Attack,
+        x: Tensor,
+        y: Tensor,
+        index: Tensor,
+        alive: Tensor,
+    ) -> Tensor:
+        """Run one attack on the rows that are still alive; returns the mask of those that survive it."""
+        entry = self.ledger.get(threat, label, self.batches)
+        rows = alive.nonzero().squeeze(1)
+        if entry is None:
+            pick = rows.to(self.device)
+            entry = self._search(threat, position, label, attack, x[pick], y[pick], index[rows])
+        verdict = torch.tensor(entry["verdict"], dtype=torch.bool)
+        alive = alive.clone()
+        alive[rows[~verdict]] = False
+        self._report(entry, self.attacked[number][label])
+        return alive
+
+    def _search(
+        self, threat: Threat, position: int, label: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor
+    ) -> dict[str, Any]:
+        if len(x) == 0:
+            return self._write(threat, label, [], [], 0, 0, 0.0, {"reached": 0.0, "outside": 0, "flags": []})
+        rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), position, attack.name)
+        rng = rng.split(1, first=self.batches)[0].at(index.to(self.device))
+        assert self.num_classes is not None
+        counter, target = Counter(self._searching, unwrap(self.f)), one_hot(y, self.num_classes, self.dtype)
+        start = self._clock()
+        try:
+            with ambient(rng.batch_seed()), torch.enable_grad():
+                x_adv, info = with_threat(attack, threat).run(counter, x.clone(), target, rng)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"the attack '{label}': {error}") from error
+        seconds = self._clock() - start
+        x_adv, reached, outside = trusted(x_adv, x, threat, label)
+        verdict = self._correct(x_adv, y)
+        extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
+        return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
+
+    def _corrupt(self, label: str, corruption: Corruption, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:
+        name = f"{label}/{severity}"
+        entry = self.ledger.get(None, name, self.batches)
+        if entry is None:
+            rng = Rng(self.seed).child("corruption", corruption.name, severity).at(index.to(self.device))
+            start = self._clock()
+            with torch.no_grad(), ambient(rng.split(1, first=self.batches)[0].batch_seed()):
+                x_c = corruption(x.clone(), severity, rng)
+            _check_returned(x_c, x, f"the corruption '{name}'")
+            if float(x_c.amin()) < 0 or float(x_c.amax()) > 1:
+                raise UserError(f"the corruption '{name}' returned values outside [0, 1]")
+            verdict = self._correct(x_c, y)
+            entry = self._write(None, name, index.tolist(), verdict.tolist(), len(x), 0, self._clock() - start, {})
+        self._report(entry, self.corrupted[label, severity])
+
+    # ------------------------------------------------------------------------------------------------ forwards
+
+    @torch.no_grad()
+    def _logits(self, x: Tensor) -> Tensor:
+        """Full precision, whatever the caller's autocast."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.f(x)
+
+    def _searching(self, x: Tensor) -> Tensor:
+        """What attacks query: as ``_logits``, or under bf16 autocast if so asked."""
+        low = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16 if low else None, enabled=low, cache_enabled=False):
+            z = self.f(x)
+        return z.to(self.dtype) if low else z
+
+    def _correct(self, x: Tensor, y: Tensor) -> Tensor:
+        """Whether each image is classified as ``y``; logits that are not numbers are no answer."""
+        z = self._logits(x)
+        return (z.argmax(1) == y) & ~z.isnan().any(1)
+
+    def _first_logits(self, x: Tensor) -> Tensor:
+        try:
+            return self._logits(x)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"the model does not accept images of shape {tuple(x.shape[1:])}: {reason}") from error
+
+    def _check_logits(self, z: Tensor, y: Tensor) -> None:
+        if not isinstance(z, Tensor) or z.ndim != 2 or len(z) != len(y) or not z.is_floating_point():
+            got = f"shape {tuple(z.shape)} of {z.dtype}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+            raise UserError(f"the model must return logits (N, K) for {len(y)} images, got {got}")
+        if not bool(z.isfinite().all()):
+            raise UserError(f"the model returns logits that are not finite numbers on clean images (batch {self.batches})")
+        k = z.shape[1]
+        if self.num_classes is not None and k != self.num_classes:
+            raise UserError(f"the model has {k} logits, the data {self.num_classes} classes")
+        self.num_classes = k
+        if int(y.min()) < 0 or int(y.max()) >= k:
+            raise UserError(f"data: labels must lie in 0..{k - 1} (the model has {k} logits), got {int(y.min())}..{int(y.max())}")
+
+    # -------------------------------------------------------------------------------------------------- ledger
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _write(
+        self,
+        threat: Threat | None,
+        attack: str,
+        index: list[int],
+        verdict: list[bool],
+        forwards: int,
+        backwards: int,
+        seconds: float,
+        extra: dict[str, Any],
+    ) -> dict[str, Any]:
+        entry = {
+            "threat": None if threat is None else {"norm": threat.norm, "eps": threat.eps},
+            "attack": attack,
+            "batch": self.batches,
+            "index": index,
+            "verdict": [int(v) for v in verdict],
+            "forwards": forwards,
+            "backwards": backwards,
+            **extra,
+            "seed": self.seed,
+            "seconds": round(seconds, 6),
+        }
+        self.ledger.append(entry)
+        return entry
+
+    def _report(self, entry: dict[str, Any], tally: Tally) -> None:
+        tally.add(entry)
+        if self.progress is None:
+            return
+        done = self.finished
+        self.progress(
+            {
+                "n": self.size,
+                "done": done,
+                "batch": self.batches,
+                "threat": entry["threat"],
+                "attack": entry["attack"],
+                "given": len(entry["verdict"]),
+                "correct": sum(entry["verdict"]),
+                "seconds": entry["seconds"],
+                "clean_accuracy": self.clean.correct / self.clean.given,
+                "robust_accuracy": len(self.robust_rows[0]) / done if self.threats and done else None,
+            }
+        )
+
+    # -------------------------------------------------------------------------------------------------- result
+
+    def result(self, **known: Any) -> Result:
+        n = self.seen
+        verdicts = [as_mask(rows, n) for rows in self.robust_rows]
+        threats = [
+            threat_summary(t.norm, t.eps, tallies, v) for t, tallies, v in zip(self.threats, self.attacked, verdicts, strict=True)
+        ]
+        first = threats[0] if threats else None
+        corruptions = corruption_summary(self.corrupted, n)
+        everything = [self.clean, *(t for tallies in self.attacked for t in tallies.values()), *self.corrupted.values()]
+        return Result(
+            n=n,
+            clean_accuracy=self.clean.correct / n,
+            clean_interval=wilson(self.clean.correct, n),
+            robust_accuracy=first["robust_accuracy"] if first else None,
+            interval=wilson(first["k"], n) if first else None,
+            per_attack=first["per_attack"] if first else {},
+            clean=as_mask(self.clean_rows, n),
+            robust=verdicts[0] if verdicts else None,
+            threats=threats,
+            verdicts=verdicts,
+            corruptions=corruptions,
+            corruption_accuracy=sum(c["mean"] for c in corruptions.values()) / len(corruptions) if corruptions else None,
+            cost=cost_of(everything, n),
+            seed=self.seed,
+            precision=self.precision,
+            fingerprint=self.fingerprint.value(),
+            **known,
+        )
+
+
+def trusted(x_adv: Any, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, float, int]:
+    """What an attack returned, made lawful: projected on ball and box.
+
+    Returns:
+        The images, the largest norm among them, and how many had left ball or box by more than rounding.
+
+    Raises:
+        UserError: not a tensor like ``x``, or values that are not finite.
+    """
+    _check_returned(x_adv, x, f"the attack '{label}'")
+    raw = x_adv.detach()
+    size = geometry.norm_of(raw - x, threat.norm)
+    low, high = raw.flatten(1).amin(1), raw.flatten(1).amax(1)
+    outside = (size > threat.eps * (1 + SLACK) + SLACK) | (low < -SLACK) | (high > 1 + SLACK)
+    x_adv = geometry.project(raw, x, threat.norm, threat.eps).clamp(0.0, 1.0)
+    return x_adv, float(geometry.norm_of(x_adv - x, threat.norm).max()), int(outside.sum())
+
+
+def _check_returned(new: Any, x: Tensor, who: str) -> None:
+    if not isinstance(new, Tensor) or new.shape != x.shape or new.dtype != x.dtype or new.device != x.device:
+        got = f"{tuple(new.shape)} of {new.dtype} on {new.device}" if isinstance(new, Tensor) else f"a {type(new).__name__}"
+        raise UserError(f"{who} must return images {tuple(x.shape)} of {x.dtype} on {x.device}, got {got}")
+    finite = new.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        raise UserError(f"{who} returned values that are not finite for {int((~finite).sum())} of {len(x)} images")
+
+
+def unique(names: list[str]) -> list[str]:
+    """The names, with ``#2``, ``#3`` where one comes again."""
+    return [name if (k := names[:i].count(name)) == 0 else f"{name}#{k + 1}" for i, name in enumerate(names)]
+
+
+def _dtype(f: Any) -> torch.dtype:
+    module = unwrap(f)
+    found = {p.dtype for p in module.parameters() if p.is_floating_point()} if isinstance(module, nn.Module) else set()
+    if found - {torch.float32, torch.float64}:
+        raise UserError(
+            f"the model's weights are {', '.join(sorted(map(str, found)))}; scores need full precision: call model.float()"
+        )
+    return torch.float64 if torch.float64 in found else torch.float32
+
+
+def _device(f: Any, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"unknown device '{device}': {str(error).splitlines()[0]}") from error
+    module = unwrap(f)
+    first = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

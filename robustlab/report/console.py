@@ -1,0 +1,181 @@
+"""The screen: one progress line with the time left on a terminal, one plain line per epoch or batch elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+_NOT_TERMS = {"kind", "epoch", "step", "lr", "loss", "seconds", "images_per_second", "val_clean", "val_robust", "stopped"}
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} it/s" if task.speed else "", style="dim")
+
+
+def bar() -> Progress:
+    """A progress line that vanishes when done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        _Speed(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    return Progress(*columns, console=err, transient=True)
+
+
+def terms_text(event: dict[str, Any]) -> str:
+    """``loss .93 (adv .71 robust .22)`` from an event's named terms."""
+    terms = {k: float(v) for k, v in event.items() if k not in _NOT_TERMS and isinstance(v, int | float)}
+    inner = f" ({' '.join(f'{k} {v:.3f}' for k, v in terms.items())})" if len(terms) > 1 else ""
+    return f"loss {event['loss']:.3f}{inner}"
+
+
+def accuracies_text(event: dict[str, Any], attack: str) -> str:
+    parts = [f"clean {event['val_clean']:.1%}"] if "val_clean" in event else []
+    return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
+
+
+class TrainingScreen:
+    """Shows a training run; call it with the loop's events."""
+
+    def __init__(self, probe_steps: int):
+        self.attack = f"val pgd-{probe_steps}"
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._begun = time.perf_counter()
+        self._first: int | None = None
+        self._note = ""
+
+    def __enter__(self) -> TrainingScreen:
+        if err.is_terminal:
+            self._bar = bar()
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "step":
+            self._step(event)
+        else:
+            self._epoch(event)
+
+    def _step(self, event: dict[str, Any]) -> None:
+        done, total = event["epoch"] * event["steps"] + event["step"], event["epochs"] * event["steps"]
+        self._first = done - 1 if self._first is None else self._first
+        self._total = total
+        if self._bar is None:
+            return
+        if self._task is None:
+            self._task = self._bar.add_task("", total=total, completed=done - 1, note="")
+        terms = " ".join(f"{k} {float(v):.3f}" for k, v in event["terms"].items()) if event["step"] % 5 == 1 else None
+        self._terms = terms if terms is not None else self._terms
+        note = f"{self._terms}  {self._note}"
+        self._bar.update(self._task, completed=done, description=f"epoch {event['epoch'] + 1}/{event['epochs']}", note=note)
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        accuracies = accuracies_text(event, self.attack)
+        self._note = accuracies or self._note
+        if "seconds" not in event:
+            return
+        line = f"epoch {event['epoch']:>3}  lr {event['lr']:.4f}  {terms_text(event)}"
+        spent = time.perf_counter() - self._begun
+        done = event["step"] - (self._first or 0)
+        left = spent / max(done, 1) * (self._total - event["step"])
+        line += f"  {accuracies}" if accuracies else ""
+        if self._bar is None:
+            err.print(f"{line}  {event['images_per_second']:.0f} img/s  eta {duration(left)}", markup=False)
+        elif accuracies:
+            self._bar.console.print(line, markup=False)
+
+    _terms = ""
+    _total = 1
+
+
+class EvaluationScreen:
+    """Shows an evaluation; call it with the runner's events."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._suite = ""
+
+    def __enter__(self) -> EvaluationScreen:
+        if err.is_terminal:
+            self._bar = bar()
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        threat = event["threat"]
+        where = f" {threat['norm']} {threat['eps']:.4g}" if threat else ""
+        kept = f"{event['correct']} of {event['given']} remain" if threat else f"{event['correct']} of {event['given']} correct"
+        text = f"{self.label}  {event['suite']}{where}  batch {event['batch'] + 1}  {event['attack']}: {kept}"
+        if self._bar is None:
+            if threat is None and event["seconds"] < 1:
+                return
+            err.print(f"{text}  {event['seconds']:.1f} s", markup=False)
+            return
+        if self._task is None or self._suite != event["suite"]:
+            self._suite = event["suite"]
+            self._task = self._bar.add_task("", total=event["n"], note="")
+        self._bar.update(self._task, completed=event["done"], description=f"{self.label}  {event['suite']}", note=text)
+
+
+def record_text(record: Any) -> str:
+    """A record in one line per fact."""
+    m, n = record.metrics, record.data.n
+    lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
+    lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
+    for t in m.threats:
+        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {t.eps:.4g}")
+    for name, values in m.corruptions.items():
+        severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
+        lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
+    if m.corruption_accuracy is not None:
+        lines.append(f"  mean over corruptions {m.corruption_accuracy:.1%}")
+    c = record.cost
+    passes = f"{c.forwards_per_sample:,.0f} forwards, {c.backwards_per_sample:,.0f} backwards an image"
+    lines.append(f"  cost    {passes}; {duration(c.seconds)}")
+    return "\n".join(lines)
+
+
+def share(value: float, interval: Sequence[float]) -> str:
+    return f"{value:6.1%}  (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
+
+
+def duration(seconds: float) -> str:
+    """``1h02``, ``3m20`` or ``12s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return f"{whole // 60}m{whole % 60:02d}" if whole >= 60 else f"{whole}s"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:
+    """A table of strings; the columns numbered in ``right`` are right-aligned."""
+    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(columns):
+        grid.add_column(name, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*[Text(str(cell)) for cell in row])
+    return grid

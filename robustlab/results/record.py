@@ -1,0 +1,292 @@
+"""The record: one JSON file that says what was measured, on what, how, at what cost, and where the parts are.
+
+A record is made from an evaluation's result, written whole or not at all, and read with every key checked. ``schema_version``
+grows when a reader of the old version could misunderstand a file of the new one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from robustlab.files import sha256, write_json
+from robustlab.types import Fidelity, Norm, UserError
+
+SCHEMA_VERSION = 1
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelInfo(_Strict):
+    """Which model. Records with the same label and hash are of the same model.
+
+    Attributes:
+        name: what was evaluated, as the command line names it.
+        label: what tables call it.
+        hash: of weights and structure, as the evaluation saw them.
+        checkpoint: SHA-256 of the file, if it came from one.
+        trainer, fidelity: how it was trained, if known.
+        architecture: the model part's name, such as ``preact_resnet18``.
+        parameters: how many.
+    """
+
+    name: str
+    label: str
+    hash: str
+    checkpoint: str | None = None
+    trainer: str | None = None
+    fidelity: Fidelity | None = None
+    architecture: str | None = None
+    parameters: Number | None = None
+
+
+class DataInfo(_Strict):
+    name: str
+    split: str = "test"
+    n: Annotated[int, Field(ge=1)]
+    fingerprint: str
+
+
+class ThreatInfo(_Strict):
+    norm: Norm
+    eps: Annotated[float, Field(ge=0)]
+
+
+class SuiteInfo(_Strict):
+    name: str
+    resolved: dict[str, Any]
+
+
+class Proportion(_Strict):
+    """k of n, with its 95 % interval."""
+
+    k: Number
+    n: Annotated[int, Field(ge=1)]
+    accuracy: Share
+    interval: tuple[Share, Share]
+
+
+class AttackRow(_Strict):
+    """What one attack did; see ``evaluation.Result.per_attack``."""
+
+    robust_accuracy: Share
+    attacked: Number
+    broken: Number
+    forwards: Number
+    backwards: Number
+    seconds: Annotated[float, Field(ge=0)]
+    reached: Annotated[float, Field(ge=0)]
+    outside: Number
+    flags: list[str] = []
+
+
+class Cost(_Strict):
+    forwards: Number
+    backwards: Number
+    seconds: Annotated[float, Field(ge=0)]
+    forwards_per_sample: Annotated[float, Field(ge=0)]
+    backwards_per_sample: Annotated[float, Field(ge=0)]
+
+
+class ThreatRow(_Strict):
+    norm: Norm
+    eps: Annotated[float, Field(ge=0)]
+    k: Number
+    robust_accuracy: Share
+    interval: tuple[Share, Share]
+    per_attack: dict[str, AttackRow]
+    cost: Cost
+
+
+class Metrics(_Strict):
+    """``robust`` and ``per_attack`` are those of the first of ``threats``; ``robust`` is null without attacks."""
+
+    clean: Proportion
+    robust: Proportion | None = None
+    per_attack: dict[str, AttackRow] = {}
+    threats: list[ThreatRow] = []
+    corruptions: dict[str, dict[str, Share]] = {}
+    corruption_accuracy: Share | None = None
+
+
+class Provenance(_Strict):
+    """Where the number comes from. ``ledger`` is the SHA-256 of the file with the per-sample verdicts."""
+
+    command: str | None = None
+    config: str | None = None
+    commit: str | None = None
+    date: str
+    ledger: str | None = None
+
+
+class Record(_Strict):
+    """One model under one suite."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    model: ModelInfo
+    data: DataInfo
+    threat: ThreatInfo | None
+    suite: SuiteInfo
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    batch_size: Annotated[int, Field(ge=1)]
+    metrics: Metrics
+    cost: Cost
+    environment: dict[str, Any]
+    provenance: Provenance
+
+
+def record_from(
+    result: Any,
+    *,
+    model: Mapping[str, Any],
+    data: Mapping[str, Any],
+    command: str | None = None,
+    config: str | None = None,
+    commit: str | None = None,
+    date: str | None = None,
+) -> Record:
+    """The record of an evaluation.
+
+    Args:
+        result: an ``evaluation.Result``, or its ``to_dict()``.
+        model: ``name label checkpoint trainer fidelity architecture parameters``; only ``name`` is needed.
+        data: ``name`` and ``split``; a ``fingerprint`` replaces the one of the evaluated images.
+        command, config, commit: the command line, the path of the training's configuration, the code's commit.
+        date: ISO 8601; None is now, in UTC.
+
+    Raises:
+        UserError: a key that a record does not have.
+    """
+    r = result if isinstance(result, Mapping) else result.to_dict()
+    ledger = r["ledger"]
+    return _validated(
+        {
+            "model": {"label": model.get("name"), "hash": r["model_hash"], **model},
+            "data": {"fingerprint": r["fingerprint"], **data, "n": r["n"]},
+            "threat": r["threat"],
+            "suite": r["suite"],
+            "precision": r["precision"],
+            "seed": r["seed"],
+            "batch_size": r["batch_size"],
+            "metrics": {key: r[key] for key in Metrics.model_fields},
+            "cost": r["cost"],
+            "environment": r["environment"],
+            "provenance": {
+                "command": command,
+                "config": config,
+                "commit": commit,
+                "date": date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "ledger": sha256(ledger) if ledger and Path(ledger).exists() else None,
+            },
+        },
+        "record",
+    )
+
+
+def write_record(path: str | Path, record: Record) -> Path:
+    """Write a record, whole or not at all.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    write_json(path, record.model_dump(mode="json"))
+    return Path(path)
+
+
+def read_record(path: str | Path) -> Record:
+    """Read and check a record.
+
+    Raises:
+        UserError: no such file, not JSON, of a newer version; a key that is missing, unknown or of the wrong kind: one line each.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+    except ValueError as error:
+        where = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: {where}not JSON: {getattr(error, 'msg', error)}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deep to be a record") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a record (a JSON object), got {_kind(raw)}")
+    version = raw.get("schema_version")
+    if isinstance(version, int) and not isinstance(version, bool) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: schema_version: {version} is newer than this robustlab reads ({SCHEMA_VERSION}); upgrade robustlab"
+        )
+    if "schema_version" not in raw:
+        raise UserError(f"{path}: schema_version: missing; this is not a record")
+    return _validated(raw, str(path))
+
+
+def _validated(raw: Mapping[str, Any], where: str) -> Record:
+    try:
+        record = Record.model_validate(raw)
+    except ValidationError as errors:
+        raise UserError(*(f"{where}: {_message(e)}" for e in errors.errors())) from None
+    if wrong := _inconsistent(record):
+        raise UserError(f"{where}: {wrong}")
+    return record
+
+
+def _message(error: Any) -> str:
+    key, parent = ".".join(map(str, error["loc"])), error["loc"][:-1]
+    if error["type"] == "missing":
+        return f"{key}: missing"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(parent), n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f" (did you mean '{near[0]}'?)" if near else "")
+    text = error["msg"][0].lower() + error["msg"][1:]
+    value = error.get("input")
+    shown = _kind(value) if isinstance(value, dict | list) else json.dumps(value, default=str)
+    return f"{key}: {text}, got {shown}"
+
+
+def _keys_at(place: tuple[Any, ...]) -> list[str]:
+    """The keys that a record may have at a place."""
+    found: Any = Record
+    for part in place:
+        hint = found.model_fields[part].annotation if hasattr(found, "model_fields") and part in found.model_fields else None
+        models = [h for h in (hint, *getattr(hint, "__args__", ())) if isinstance(h, type) and issubclass(h, BaseModel)]
+        found = models[0] if models else found
+    return list(found.model_fields)
+
+
+def _inconsistent(r: Record) -> str | None:
+    """The first figure that contradicts another."""
+    n = r.data.n
+    pairs = [("metrics.clean", r.metrics.clean), ("metrics.robust", r.metrics.robust)]
+    for name, p in pairs:
+        if p is None:
+            continue
+        if p.n != n or p.k > n:
+            return f"{name}: {p.k} of {p.n}, but data.n is {n}"
+        if abs(p.accuracy - p.k / n) > 1e-9:
+            return f"{name}.accuracy: {p.accuracy} is not {p.k}/{n}"
+    for i, t in enumerate(r.metrics.threats):
+        if t.k > r.metrics.clean.k or abs(t.robust_accuracy - t.k / n) > 1e-9:
+            return (
+                f"metrics.threats.{i}: {t.k} robust of {r.metrics.clean.k} correct and {n} in all does not fit {t.robust_accuracy}"
+            )
+    if r.metrics.robust is not None and (not r.metrics.threats or r.metrics.threats[0].k != r.metrics.robust.k):
+        return "metrics.robust: differs from the first of metrics.threats"
+    if (r.threat is None) != (r.metrics.robust is None):
+        return "threat: given together with metrics.robust, or neither"
+    return None
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
+    return names.get(type(value), "null")
