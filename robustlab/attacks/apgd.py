@@ -90,7 +90,7 @@ class APGD(Attack):
         x = x.detach()
         least = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         found = Point(x.clone(), least, torch.zeros_like(least, dtype=torch.bool))
-        info = {"grad": torch.zeros_like(x), "passes": passes(x, 0, 0).to(x.device)}
+        info = {"grad": torch.zeros_like(x), "passes": passes(x, 0, 0)}
         for r in range(self.restarts):
             rows = (~found.fooled).nonzero().squeeze(1)
             if len(rows) == 0:
