@@ -502,7 +502,7 @@ class _Builder:
                 except UserError as error:
                     self.fail(named, path, str(error))
                     return None
-                if colon and not any(f.name == "arch" for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
+                if colon and not _takes_arch(cls):
                     self.fail(named, path, f"'{name}' takes no ':{arch}'")
                     return None
                 extra = {"arch": arch} if colon else {}
@@ -674,6 +674,11 @@ def adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint)
 
 
+def _takes_arch(cls: Any) -> bool:
+    """Whether the part is named like ``timm:resnet18``."""
+    return any(f.name == "arch" for f in dataclasses.fields(cls))
+
+
 def _class_default(f: Any) -> Any:
     if f.default is not dataclasses.MISSING:
         return f.default
@@ -813,7 +818,7 @@ def build(kind: str, spec: Any, **fields: Any) -> Any:
     part = builder.part(kind, node, default, "")
     if builder.errors:
         label = part_label(spec)
-        raise UserError(*(e if e.startswith(f"unknown {kind}") else f"{label}: {e}" for e in builder.errors))
+        raise UserError(*(e if e.startswith((f"unknown {kind}", f"{label}: ")) else f"{label}: {e}" for e in builder.errors))
     return part
 
 
@@ -1015,27 +1020,28 @@ def json_schema() -> dict[str, Any]:
             return section(bare)
         args = typing.get_args(bare)
         if typing.get_origin(bare) is tuple and args and isinstance(args[0], type) and issubclass(args[0], Part):
-            return {"anyOf": [{"type": "array", "items": of(args[0])}, {"type": "object"}, {"type": "string"}]}
+            return {"anyOf": [{"type": "array", "items": of(args[0])}, of(args[0])]}
         plain = adapter(hint).json_schema()
         if bare is float:
             fraction = {"type": "string", "pattern": _FRACTION.pattern}
-            return {"anyOf": [plain, fraction, parts_of("schedule")]}
+            return {"anyOf": [plain, fraction, {"allOf": [{"type": "object"}, parts_of("schedule")]}]}
         return plain
 
     def parts_of(kind: str) -> dict[str, Any]:
         if kind not in definitions:
             definitions[kind] = {}
-            named = [section(cls, name) for name, cls in entries(kind).items()]
+            known = entries(kind)
+            words = [{"enum": list(known)}, *({"type": "string", "pattern": f"^{n}:"} for n, c in known.items() if _takes_arch(c))]
+            named = [section(cls, name) for name, cls in known.items()]
             loose = {"type": "object", "not": {"required": ["name"]}}
-            definitions[kind] = {"anyOf": [{"type": "string"}, *named, loose]}
+            definitions[kind] = {"anyOf": [*words, *named, loose]}
         return {"$ref": f"#/$defs/{kind}"}
 
     def section(cls: Any, name: str | None = None) -> dict[str, Any]:
         hints = type_hints(cls)
         properties = {f.name: of(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
         if name is not None:
-            colon = "arch" in properties
-            properties["name"] = {"type": "string", "pattern": f"^{name}:"} if colon else {"const": name}
+            properties["name"] = {"type": "string", "pattern": f"^{name}(:|$)"} if _takes_arch(cls) else {"const": name}
         out = {"type": "object", "properties": properties, "additionalProperties": False}
         return out | ({"required": ["name"]} if name is not None else {})
 

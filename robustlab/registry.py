@@ -99,8 +99,9 @@ def lookup(kind: str, name: str) -> type[Part]:
 
 def nearest(word: object, known: object) -> str:
     """`` (did you mean 'pgd'?)``, or nothing when no known word is near."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    names = {str(k).lower(): k for k in known}  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def kind_of(word: str) -> str:
