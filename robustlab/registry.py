@@ -68,12 +68,23 @@ def _load(kind: str) -> None:
     if kind in _loaded:
         return
     _loaded.add(kind)
+    try:
+        _import(kind)
+    except BaseException:
+        _loaded.discard(kind)
+        raise
+
+
+def _import(kind: str) -> None:
     for folder in FOLDERS[kind]:
         package = importlib.import_module(f"robustlab.{folder}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"robustlab.{folder}.{module.name}")
     for point in importlib.metadata.entry_points(group="robustlab.parts"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise UserError(f"the plug-in '{point.name}' ({point.value}) cannot be loaded: {error}") from error
 
 
 def entries(kind: str) -> dict[str, type[Part]]:
@@ -98,10 +109,10 @@ def lookup(kind: str, name: str) -> type[Part]:
 
 
 def nearest(word: object, known: object) -> str:
-    """`` (did you mean 'pgd'?)``, or nothing when no known word is near."""
-    names = {str(k).lower(): k for k in known}  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)
-    return f" (did you mean '{names[close[0]]}'?)" if close else ""
+    """`` (did you mean 'pgd'?)``, or nothing when no known word is near; capitals do not count."""
+    spelled = {str(k).lower(): str(k) for k in known}  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
+    return f" (did you mean '{spelled[close[0]]}'?)" if close else ""
 
 
 def kind_of(word: str) -> str:

@@ -140,7 +140,7 @@ def threats_of(suite: Suite, threat: Threat | None) -> list[Threat]:
     """The threat models of a suite's attacks: its norms times its radii, else the caller's, else the one its attacks agree on.
 
     Raises:
-        UserError: there are attacks and no threat model, or an attack that does not know the norm.
+        UserError: there are attacks and no threat model, an attack that does not know the norm, or one that names another.
     """
     if not suite.attacks:
         return []
@@ -161,6 +161,9 @@ def threats_of(suite: Suite, threat: Threat | None) -> list[Threat]:
         for a in suite.attacks:
             if t.norm not in a.norms:
                 raise UserError(f"the attack '{a.name}' does not work in {t.norm}; it works in {', '.join(a.norms)}")
+            if a.norm not in (None, t.norm) or a.eps not in (None, t.eps):
+                own = f"{a.norm or t.norm} {t.eps if a.eps is None else a.eps:g}"
+                raise UserError(f"the attack '{a.name}' has its own threat model, {own}; the evaluation's is {t.norm} {t.eps:g}")
     return threats
 
 

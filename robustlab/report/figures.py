@@ -56,7 +56,16 @@ def accuracy_curve(records: Sequence[Mapping[str, Any]], path: str | Path) -> tu
             eps, accuracy, low, high = (list(v) for v in zip(*curves[name], strict=True))
             colour = COLOURS[i % len(COLOURS)]
             axes.fill_between(eps, _percent(low), _percent(high), color=colour, alpha=0.15, linewidth=0)
-            axes.plot(eps, _percent(accuracy), color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, label=name)
+            axes.plot(
+                eps,
+                _percent(accuracy),
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                label=name,
+                clip_on=False,
+                zorder=3,
+            )
         axes.set(ylim=(0, 100), ylabel=f"accuracy under {suite} (%)", xlabel=f"radius {UNITS[norm]}, in units of the pixel range")
         if norm == "l0":
             axes.set_xlabel("pixels changed")
