@@ -49,7 +49,7 @@ def train(
     from robustlab.config import dump, load_config, to_yaml
     from robustlab.report import console
 
-    settings = [*(set_ or []), *([f"data.root={data_root}"] if data_root else [])]
+    settings = [*(set_ or []), *([f"data.root={json.dumps(str(data_root))}"] if data_root else [])]
     run = load_config(config, settings)
     if dry_run:
         plan = commands.dry_run(run)
@@ -321,8 +321,13 @@ def run(args: list[str] | None = None) -> int:
         error.show()
         return 2
     for line in lines:
-        print(f"robustlab: {line}", file=sys.stderr)
+        print(f"robustlab: {printable(line)}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written as escapes, so that a file cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,10 @@ def lookup(kind: str, name: str) -> type[Part]:
     """
     known = entries(kind)
     if name not in known:
-        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+        others = [f"an {k}" if k[0] in "aeiou" else f"a {k}" for k in FOLDERS if name in entries(k)]
+        elsewhere = f"; '{name}' is {' and '.join(others)}" if others else ""
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise UserError(f"unknown {kind} '{shown}'{nearest(shown, known)}{elsewhere}; known: {', '.join(known)}")
     return known[name]
 
 
