@@ -49,7 +49,7 @@ def train(
     from robustlab.config import dump, load_config, to_yaml
     from robustlab.report import console
 
-    settings = [*(set_ or []), *([f"data.root={data_root}"] if data_root else [])]
+    settings = [*(set_ or []), *([f"data.root={json.dumps(str(data_root))}"] if data_root else [])]
     run = load_config(config, settings)
     if dry_run:
         plan = commands.dry_run(run)
@@ -63,7 +63,13 @@ def train(
         return
     folder = out or commands.default_out(config)
     with console.TrainingScreen(run.training.probe.steps) as screen:
-        outcome = commands.train(run, folder, resume=resume, progress=screen if _first_process() else lambda event: None)
+        outcome = commands.train(
+            run,
+            folder,
+            resume=resume,
+            progress=screen if _first_process() else lambda event: None,
+            config_path=config.as_posix() if not config.is_absolute() else None,
+        )
     if not _first_process():
         return
     if outcome.resumed is not None:
@@ -80,6 +86,114 @@ def train(
 
 def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+@app.command()
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints, timm:NAME, torchvision:NAME or package.module:callable.")],
+    suite: Annotated[
+        list[str] | None, typer.Option(help="A suite's name or YAML file; may be repeated. Default: what the run names.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    num_examples: Annotated[int | None, typer.Option("--num-examples", "-n", min=1, help="The first N test images.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1; default: the one of the training.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255; default: of the training.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all draws; default: the suite's, else 0.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
+    out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
+) -> None:
+    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
+    from robustlab import commands
+    from robustlab.config import load_suite
+    from robustlab.report import console
+
+    suites = [load_suite(name) for name in suite or []]
+    radius = read_radius(eps)
+    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    done = []
+    for model in models:
+        with console.EvaluationScreen(commands.model_label(model)) as screen:
+            done += commands.evaluate_one(
+                model,
+                suites,
+                data=data,
+                data_root=str(data_root) if data_root else None,
+                norm=norm,
+                eps=radius,
+                seed=seed,
+                num_examples=num_examples,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                out=out,
+                resume=resume,
+                progress=screen,
+            )
+    if as_json:
+        print(json.dumps([record.model_dump(mode="json") for record, _ in done], indent=2))
+        return
+    for record, path in done:
+        console.out.print(console.record_text(record), markup=False)
+        console.out.print(f"  {path}", markup=False, style="dim")
+
+
+def read_radius(text: str | None) -> float | None:
+    """``0.1`` or ``8/255`` as a number.
+
+    Raises:
+        UserError: neither.
+    """
+    from robustlab.config import numbers
+
+    if text is None:
+        return None
+    try:
+        return float(numbers(text, float))
+    except (TypeError, ValueError):
+        raise UserError(f"--eps {text}: expected a number such as 0.1 or 8/255") from None
+
+
+@board.command("build")
+def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with entries/*.json.")]) -> None:
+    """Render a board: index.md, index.csv, and the curve of accuracy against eps where a suite has several radii."""
+    import dataclasses
+
+    from robustlab import commands
+    from robustlab.report import console
+    from robustlab.report.tables import leaderboard_table
+    from robustlab.results import leaderboard
+
+    written = commands.build_board(folder)
+    shown = leaderboard.sections(folder)
+    if shown:
+        console.out.print(leaderboard_table(shown[0].heading, [dataclasses.asdict(row) for row in shown[0].rows]))
+    for path in written:
+        console.out.print(f"wrote {path}", markup=False, style="dim")
+
+
+@board.command("add")
+def add(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some.")],
+    folder: Annotated[Path, typer.Option("--board", help="The board to add to.")],
+) -> None:
+    """Copy records, with their ledgers, into a board; then `leaderboard build`."""
+    from robustlab.report import console
+    from robustlab.results import leaderboard
+
+    files = [found for path in records for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{records[0]}: holds no record.json")
+    for path in files:
+        console.out.print(f"added {leaderboard.add(folder, path)}", markup=False)
 
 
 # -------------------------------------------------------------------------------------------------------- information
@@ -207,8 +321,13 @@ def run(args: list[str] | None = None) -> int:
         error.show()
         return 2
     for line in lines:
-        print(f"robustlab: {line}", file=sys.stderr)
+        print(f"robustlab: {printable(line)}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written as escapes, so that a file cannot steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

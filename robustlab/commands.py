@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from robustlab import config as configuration
+from robustlab import registry
 from robustlab.config import Config, dump
-from robustlab.files import atomic_write, exclusive
+from robustlab.files import atomic_write, exclusive, sha256
 from robustlab.modes import bn_mode, frozen
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import ImageSet, Model, Splits, Trainer, UserError, one_hot
+from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -74,6 +76,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
     splits = config.data.load()
+    for split in ("train", "validation"):
+        if len(getattr(splits, split)) == 0:
+            raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
     config = dataclasses.replace(config, model=complete_model(config.model, splits))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Rng(config.seed).child("init").key % 2**63)
@@ -91,7 +96,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
     return config, splits, f
 
 
-def export_meta(config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def export_meta(
+    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None
+) -> dict[str, Any]:
     """The metadata block of a checkpoint."""
     return {
         "model": dump(config.model),
@@ -102,6 +109,7 @@ def export_meta(config: Config, splits: Splits, trainer: Trainer, metrics: Mappi
         "trainer": trainer.name,
         "fidelity": trainer.fidelity,
         "config": dump(config),
+        "config_path": config_path,
         "metrics": dict(metrics),
         "epoch": metrics.get("epoch"),
     }
@@ -134,7 +142,14 @@ def default_out(path: Path) -> Path:
     return Path("runs") / path.resolve().parent.name / path.stem
 
 
-def train(config: Config, out: Path, *, resume: bool = False, progress: Progress = lambda event: None) -> Any:
+def train(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda event: None,
+    config_path: str | None = None,
+) -> Any:
     """Train as configured, into the folder ``out``.
 
     Args:
@@ -142,6 +157,7 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: Progress
         out: its folder; must be new, or hold this very run if ``resume``.
         resume: go on where the folder stands; a new folder is started.
         progress: takes a dict at every step and at the end of every epoch.
+        config_path: where the configuration was read from, for provenance.
 
     Returns:
         ``training.loop.Outcome``.
@@ -167,7 +183,7 @@ def train(config: Config, out: Path, *, resume: bool = False, progress: Progress
     trainer = complete_trainer(config)
 
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
-        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics))
+        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path))
 
     hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
     with distributed.joined(device) as world, contextlib.ExitStack() as stack:
@@ -258,4 +274,171 @@ def dry_run(config: Config) -> dict[str, Any]:
 def command_line() -> str:
     """The command that is running, as one would type it."""
     program = Path(sys.argv[0]).name
-    return shlex.join([("robustlab" if program in ("robustlab", "__main__.py", "cli.py") else program), *sys.argv[1:]])
+    ours = program in ("robustlab", "__main__.py", "cli.py")
+    return shlex.join(["robustlab" if ours else program, *sys.argv[1:]])
+
+
+def commit() -> str | None:
+    """The commit of the working tree that robustlab runs from, or None."""
+    where = Path(__file__).parent
+    if not (where.parent / ".git").exists():
+        return None
+    try:
+        answer = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def model_label(spec: str) -> str:
+    """What tables call a model: a run's folder for its best checkpoint, else the name in short."""
+    path = Path(spec)
+    if path.suffix != ".safetensors":
+        return spec
+    folder = path.resolve().parent.name
+    return folder if path.stem == "best" else f"{folder}-{path.stem}"
+
+
+def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | None) -> Dataset:
+    """The data set to evaluate on: the one named (``digits``, or YAML such as ``{name: digits, size: 8}``), else the training's.
+
+    Raises:
+        UserError: nothing is named and the model does not say; an unknown name or field.
+    """
+    trained: dict[str, Any] = dict((meta or {}).get("config", {}).get("data", {}))
+    if name is None and not trained:
+        raise UserError("this model does not say which data it is for: give --data, for example --data digits")
+    spec = configuration.parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, dict):
+        raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
+    if spec.get("name") == trained.get("name"):
+        spec = {**trained, **spec}
+    spec.pop("augment", None)
+    return configuration.build("dataset", spec | ({"root": root} if root else {}))
+
+
+def evaluate_one(
+    spec: str,
+    suites: Sequence[Suite],
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    norm: str | None = None,
+    eps: float | None = None,
+    seed: int | None = None,
+    num_examples: int | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+    precision: str = "fp32",
+    out: Path = Path("evaluations"),
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> list[tuple[Any, Path]]:
+    """Score one model under several suites; writes a ledger and a record for each below ``out``.
+
+    Args:
+        spec: a checkpoint, ``timm:NAME``, ``torchvision:NAME`` or ``package.module:callable``.
+        suites: what to run; empty means what the model's own configuration names.
+        data, data_root: see :func:`choose_data`.
+        norm, eps: the threat model; None takes the one that the model was trained for.
+        seed, num_examples, batch_size, precision, resume, progress: as in ``evaluation.runner.evaluate``.
+        device: ``auto``, ``cpu``, ``cuda``.
+        out: folder; a result lies in ``out/<model>/<suite>``.
+
+    Returns:
+        (record, its path) for each suite, in order.
+
+    Raises:
+        UserError: anything that does not fit, before the first pass.
+    """
+    from robustlab.evaluation.runner import evaluate
+    from robustlab.models.checkpoint import load_model
+    from robustlab.results.record import record_from, write_record
+
+    where = torch_device(device)
+    f = load_model(spec, where)
+    meta: dict[str, Any] | None = getattr(f, "robustlab_meta", None)
+    part = choose_data(data, meta, data_root)
+    splits = part.load()
+    if meta is not None and splits.num_classes != meta["num_classes"]:
+        raise UserError(f"{spec}: the model has {meta['num_classes']} classes, the data set '{part.name}' {splits.num_classes}")
+    known = (meta or {}).get("config", {})
+    if not suites:
+        suites = [configuration.load_suite(name) for name in known.get("evaluation", {}).get("suites", [])]
+    if not suites:
+        raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
+    trained = (meta or {}).get("threat", {})
+    norm = norm or trained.get("norm")
+    eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
+    try:
+        threat = Threat(norm, eps) if norm is not None and eps is not None else None  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"--eps: {error}") from None
+    model = {
+        "name": spec,
+        "label": model_label(spec),
+        "checkpoint": sha256(spec) if Path(spec).is_file() else None,
+        "trainer": (meta or {}).get("trainer"),
+        "fidelity": (meta or {}).get("fidelity"),
+        "architecture": (meta or {}).get("model", {}).get("name"),
+        "parameters": sum(p.numel() for p in f.parameters()),
+    }
+    out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
+    for suite in suites:
+        own = threat if suite.attacks and not (suite.norms and suite.eps) else None
+        folder = out_model / (suite.name + (f"-{own.norm}-{own.eps:.6g}" if own else ""))
+        shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
+        result = evaluate(
+            f,
+            splits.test,
+            suite,
+            threat=threat,
+            seed=seed,
+            batch_size=batch_size,
+            device=where,
+            precision=precision,  # type: ignore[arg-type]
+            num_examples=num_examples,
+            out=folder,
+            resume=resume,
+            progress=shown,
+        )
+        record = record_from(
+            result,
+            model=model,
+            data={"name": part.name, "split": "test"},
+            command=command_line(),
+            config=(meta or {}).get("config_path"),
+            commit=commit(),
+        )
+        path = folder / "record.json"
+        if not (path.exists() and _same_but_time(path, record)):
+            write_record(path, record)
+        results.append((record, path))
+    return results
+
+
+def _same_but_time(path: Path, record: Any) -> bool:
+    """Whether the file holds this record already, made by an earlier command."""
+    from robustlab.results.record import read_record
+
+    try:
+        old = read_record(path)
+    except UserError:
+        return False
+    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics
+
+
+def build_board(folder: Path) -> list[Path]:
+    """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
+    from robustlab.report.figures import accuracy_curve
+    from robustlab.results import leaderboard
+    from robustlab.results.record import read_record
+
+    written: list[Path] = []
+    records = [read_record(p).model_dump(mode="json") for p in sorted((folder / "entries").glob("*.json"))]
+    swept = [r for r in records if len(r["metrics"]["threats"]) > 1]
+    if swept:
+        first = swept[0]["suite"]["name"]
+        written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
+    return [*leaderboard.build(folder), *written]

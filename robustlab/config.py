@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import math
 import re
 import types as pytypes
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ import annotated_types
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from robustlab.registry import entries, lookup, nearest
+from robustlab.registry import entries, lookup, nearest, plural
 from robustlab.types import (
     Count,
     Dataset,
@@ -43,7 +44,10 @@ from robustlab.types import (
     Trainer,
     UserError,
     Whole,
+    check_radius,
     is_part,
+    resolve_schedules,
+    with_threat,
 )
 
 # ------------------------------------------------------------------------------------------------------ the document
@@ -176,20 +180,37 @@ class Node:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML with the scalars of YAML 1.2."""
+    """PyYAML with the plain scalars of YAML 1.2's core schema, and no others."""
+
+    yaml_implicit_resolvers = {}
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rx) for tag, rx in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes a word only where :class:`_Loader` would read something else."""
 
-_SCALARS = {f"tag:yaml.org,2002:{t}" for t in ("str", "int", "float", "bool", "null")}
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_TAG = "tag:yaml.org,2002:"
+for _type, _first, _regex in (
+    ("null", ["~", "n", "N", ""], r"~|null|Null|NULL|"),
+    ("bool", list("tTfF"), r"true|True|TRUE|false|False|FALSE"),
+    ("int", list("-+0123456789"), r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
+    (
+        "float",
+        list("-+.0123456789"),
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    ),
+):
+    _Loader.add_implicit_resolver(_TAG + _type, re.compile(rf"(?:{_regex})\Z"), _first)
+
+_SCALARS = {_TAG + t for t in ("str", "int", "float", "bool", "null")}
 _MOST_NODES = 20_000
+_MOST_CHARACTERS = 250_000
+_MOST_LEVELS = 50
 
 
 def parse(text: str, file: str) -> Node:
@@ -198,56 +219,91 @@ def parse(text: str, file: str) -> Node:
     Raises:
         UserError: not YAML; a tag, a cycle, a duplicate key, a key that is no word; too many nodes.
     """
-    loader = _Loader(text) if "\x00" not in text else None
-    if loader is None:
-        raise UserError(f"{file}:1: not a text file")
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(f"{file}: more than {_MOST_CHARACTERS:,} characters; not a configuration")
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{file}:{line}: not a text file: it contains the character U+{int(error.character):04X}") from None
     try:
         root = loader.get_single_node()
-        count = [0]
-        return Node(None, file, 1) if root is None else _convert(root, file, loader, (), count)
+        return Node(None, file, 1) if root is None else _convert(root, file, (), [0])
     except UserError:
         raise
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise UserError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "nested too deeply"
-        raise UserError(f"{file}:1: not valid YAML: {reason}") from None
+        problem = str(error.problem or error.context)
+        what = f"{error.context}, {problem}" if problem.startswith("but ") else problem
+        raise UserError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {what}") from None
+    except (ValueError, OverflowError):  # such as the escape "\\Uffffffff"
+        raise UserError(f"{file}:{loader.line + 1}: not valid YAML: an escape that stands for no character") from None
+    except RecursionError:
+        raise UserError(f"{file}:{loader.line + 1}: nested more than {_MOST_LEVELS} levels deep") from None
     finally:
         loader.dispose()
 
 
-def _convert(node: yaml.Node, file: str, loader: _Loader, above: tuple[int, ...], count: list[int]) -> Node:
+def _convert(node: yaml.Node, file: str, above: tuple[int, ...], count: list[int]) -> Node:
     line = node.start_mark.line + 1
     count[0] += 1
     if count[0] > _MOST_NODES:
         raise UserError(f"{file}:{line}: more than {_MOST_NODES} values; aliases that multiply?")
     if id(node) in above:
         raise UserError(f"{file}:{line}: an alias refers to the value that contains it")
-    if len(above) > 50:
-        raise UserError(f"{file}:{line}: nested more than 50 levels deep")
+    if len(above) > _MOST_LEVELS:
+        raise UserError(f"{file}:{line}: nested more than {_MOST_LEVELS} levels deep")
     above = (*above, id(node))
     if isinstance(node, yaml.ScalarNode):
         if node.tag not in _SCALARS:
-            raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
-        return Node(loader.construct_object(node, deep=True), file, line)  # type: ignore[no-untyped-call]
+            raise UserError(f"{file}:{line}: {_no_tag(node)}")
+        return Node(_scalar(node, file, line), file, line)
     if isinstance(node, yaml.SequenceNode):
-        if node.tag != "tag:yaml.org,2002:seq":
-            raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
-        return Node([_convert(child, file, loader, above, count) for child in node.value], file, line)
-    if node.tag != "tag:yaml.org,2002:map":
-        raise UserError(f"{file}:{line}: the tag '{node.tag}' is not allowed; a configuration holds plain values only")
+        if node.tag != _TAG + "seq":
+            raise UserError(f"{file}:{line}: {_no_tag(node)}")
+        return Node([_convert(child, file, above, count) for child in node.value], file, line)
+    if node.tag != _TAG + "map":
+        raise UserError(f"{file}:{line}: {_no_tag(node)}")
     out: dict[str, Node] = {}
     for key_node, child in node.value:
         at = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _SCALARS:
             raise UserError(f"{file}:{at}: a key must be a word")
         key = str(key_node.value)
+        if not key.isprintable() or len(key) > 100:
+            raise UserError(f"{file}:{at}: a key must be a word")
         if key in out:
             raise UserError(f"{file}:{at}: {key}: this key stands twice (first in line {out[key].line})")
-        converted = _convert(child, file, loader, above, count)
+        converted = _convert(child, file, above, count)
         out[key] = Node(converted.value, file, at)
     return Node(out, file, line)
+
+
+def _no_tag(node: yaml.Node) -> str:
+    return f"the tag '{node.tag.replace(_TAG, '!!')}' is not allowed; a configuration holds plain values only"
+
+
+_KINDS = {"int": "whole number", "float": "number", "bool": "truth value", "null": "null"}
+
+
+def _scalar(node: yaml.ScalarNode, file: str, line: int) -> Any:
+    kind, text = node.tag.removeprefix(_TAG), str(node.value)
+    try:
+        if kind == "null":
+            return None
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        if kind == "int":
+            value = int(text, 0 if text[:2] in ("0x", "0o") else 10)
+            if abs(value) >= 2**63:
+                raise OverflowError
+            return value
+        if kind == "float":
+            return float(re.sub(r"^([-+]?)\.(?=[iInN])", r"\1", text))
+    except (KeyError, ValueError, OverflowError):
+        large = kind == "int" and text.lstrip("+-")[:1].isdigit()
+        raise UserError(f"{file}:{line}: {_short(text)} is {'too large a number' if large else f'no {_KINDS[kind]}'}") from None
+    return text
 
 
 def read(path: str | Path, _above: tuple[Path, ...] = ()) -> Node:
@@ -258,15 +314,7 @@ def read(path: str | Path, _above: tuple[Path, ...] = ()) -> Node:
     """
     path = Path(path)
     file = str(path)
-    if path.resolve() in _above:
-        raise UserError(f"{file}: extends itself, by way of {' -> '.join(p.name for p in _above)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file}:1: not a text file in UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot read: {error.strerror or error}{_near_file(path)}") from None
-    node = parse(text, file)
+    node = parse(_text(path), file)
     if node.value is None:
         raise UserError(f"{file}:1: the file is empty; expected a mapping such as 'trainer: pgd-at'")
     if not isinstance(node.value, dict):
@@ -276,23 +324,65 @@ def read(path: str | Path, _above: tuple[Path, ...] = ()) -> Node:
         if not isinstance(base.value, str):
             raise UserError(f"{file}:{base.line}: extends: expected a path, got {_shape(base)}")
         target = path.parent / base.value
-        if not target.is_file():
-            raise UserError(f"{file}:{base.line}: extends: no such file '{target}'{_near_file(target)}")
-        node = merge(read(target, (*_above, path.resolve())), node)
+        if not _is_file(target):
+            raise UserError(f"{file}:{base.line}: extends: no such file {_short(str(target))}{_near_file(target)}")
+        here = (*_above, path.resolve())
+        if target.resolve() in here:
+            way = " -> ".join(p.name for p in (*here[here.index(target.resolve()) :], target))
+            raise UserError(f"{file}:{base.line}: extends: a file cannot extend itself: {way}")
+        node = merge(read(target, here), node)
     return node
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError(errno.EINVAL, "not a file")
+        with open(path, "rb") as source:
+            raw = source.read(4 * _MOST_CHARACTERS + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot read: {reason}{_near_file(path)}") from None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if error.start > 4 * _MOST_CHARACTERS - 4:
+            return raw.decode("utf-8", "replace")
+        raise UserError(f"{path}:{raw.count(10, 0, error.start) + 1}: not a text file in UTF-8") from None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be read
+        return False
 
 
 def _near_file(path: Path) -> str:
     try:
         names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
-    except OSError:
+    except (OSError, ValueError):
         return ""
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
 
 
 def merge(base: Node, over: Node) -> Node:
-    """Mappings merge key by key, everything else replaces. A part with another name replaces the whole part."""
+    """Mappings merge key by key, everything else replaces. A part with another name replaces the whole part.
+
+    A mapping without a name, laid over a list of parts, changes the parts that it names.
+
+    Raises:
+        UserError: the list has no part of that name, or several.
+    """
+    if isinstance(base.value, list) and isinstance(over.value, dict) and over.value and "name" not in over.value:
+        items = list(base.value)
+        for name, node in over.value.items():
+            i = _position(base, name)
+            if i is None:
+                raise UserError(f"{_place(node)}{name}: {_no_item(base, name)}")
+            items[i] = merge(items[i], node)
+        return Node(items, base.file, base.line)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict):
         if isinstance(over.value, dict) and isinstance(base.value, str) and "name" not in over.value:
             base = Node({"name": base}, base.file, base.line)  # `trainer: pgd-at` and then fields of it
@@ -305,6 +395,31 @@ def merge(base: Node, over: Node) -> Node:
     for key, node in over.value.items():
         out[key] = merge(out[key], node) if key in out else node
     return Node(out, over.file, over.line)
+
+
+def _place(node: Node) -> str:
+    """``file:line: ``, or nothing where a value comes from no file."""
+    return f"{node.file}: " if node.file.startswith("--set") else f"{node.file}:{node.line}: " if node.file else ""
+
+
+def _item_name(item: Node) -> Any:
+    named = item.value.get("name") if isinstance(item.value, dict) else item
+    return named.value if named is not None else None
+
+
+def _position(items: Node, key: str) -> int | None:
+    """Which item of a list a key means: its position or its name; None if there is no such item, or more than one."""
+    if key.isdecimal():
+        return int(key) if len(key) < 10 and int(key) < len(items.value) else None
+    found = [i for i, item in enumerate(items.value) if _item_name(item) == key]
+    return found[0] if len(found) == 1 else None
+
+
+def _no_item(items: Node, key: str) -> str:
+    names = [n if isinstance(n := _item_name(item), str) else str(i) for i, item in enumerate(items.value)]
+    if names.count(key) > 1:
+        return f"this list has '{key}' more than once; name the position, from 0"
+    return f"no such item{nearest(key, names)}; this list has: {', '.join(names) or 'nothing'}"
 
 
 def override(root: Node, settings: Sequence[str]) -> Node:
@@ -332,11 +447,11 @@ def _put(node: Node, keys: list[str], leaf: Node) -> Node:
     head, rest = keys[0], keys[1:]
     here = Node(None, leaf.file, 1)
     if isinstance(node.value, list):
-        if not head.isdigit() or int(head) >= len(node.value):
-            names = [str(i) for i in range(len(node.value))]
-            raise UserError(f"'{head}' is no position in a list of {len(names)}; expected one of {', '.join(names)}")
+        i = _position(node, head)
+        if i is None:
+            raise UserError(f"{head}: {_no_item(node, head)}")
         items = list(node.value)
-        items[int(head)] = _put(items[int(head)], rest, leaf)
+        items[i] = _put(items[i], rest, leaf)
         return Node(items, node.file, node.line)
     if isinstance(node.value, str):
         node = Node({"name": node}, node.file, node.line)
@@ -354,12 +469,17 @@ def _put(node: Node, keys: list[str], leaf: Node) -> Node:
 class _Builder:
     """Builds nodes into dataclasses and collects what is wrong."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_vary: Callable[[str], bool], epochs: int = 10) -> None:
         self.errors: list[str] = []
+        self.may_vary = may_vary  # whether the number at a path may be a schedule
+        self.epochs = epochs
 
     def fail(self, node: Node, path: str, message: str) -> None:
-        place = node.file if node.file.startswith("--set") else f"{node.file}:{node.line}" if node.file else ""
-        self.errors.append(": ".join(s for s in (place, path, message) if s))
+        self.errors.append(_place(node) + ": ".join(s for s in (path, message) if s))
+
+    def times(self) -> list[float]:
+        """Epochs at which schedules are tried out."""
+        return [i * self.epochs / 32 for i in range(33)]
 
     def part(self, kind: str, node: Node, default: Part | None, path: str, cls: type[Part] | None = None) -> Any:
         """One part; ``None`` after a mistake."""
@@ -367,14 +487,14 @@ class _Builder:
         if isinstance(fields, str):
             fields = {"name": node}
         if not isinstance(fields, dict):
-            self.fail(node, path, f"expected the name of a {kind} or a mapping with one, got {_shape(node)}")
+            self.fail(node, path, f"expected the name of {a(kind)} or a mapping with one, got {_shape(node)}")
             return None
         extra: dict[str, Any] = {}
         if cls is None:
             if "name" in fields:
                 named = fields["name"]
                 if not isinstance(named.value, str):
-                    self.fail(named, f"{path}.name" if path else "name", f"expected the name of a {kind}, got {_shape(named)}")
+                    self.fail(named, f"{path}.name" if path else "name", f"expected the name of {a(kind)}, got {_shape(named)}")
                     return None
                 name, colon, arch = named.value.partition(":")
                 try:
@@ -382,14 +502,14 @@ class _Builder:
                 except UserError as error:
                     self.fail(named, path, str(error))
                     return None
-                if colon and not any(f.name == "arch" for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
+                if colon and not _takes_arch(cls):
                     self.fail(named, path, f"'{name}' takes no ':{arch}'")
                     return None
                 extra = {"arch": arch} if colon else {}
             elif default is not None:
                 cls = type(default)
             else:
-                self.fail(node, path, f"expected 'name', one of {', '.join(entries(kind))}")
+                self.fail(node, path, f"'name' is missing; known: {', '.join(entries(kind))}")
                 return None
         if default is not None and type(default) is not cls:
             default = None
@@ -418,13 +538,15 @@ class _Builder:
         if len(self.errors) > before:
             return None
         try:
-            return cls(**values)
+            part = cls(**values)
+            if any(isinstance(v, Schedule) for v in values.values()):
+                for t in self.times():
+                    resolve_schedules(part, t, self.epochs)
+            return part
         except ValueError as error:
-            message = str(error)
-            word = message.split(" ", 1)[0].rstrip(":,")
-            if word in known:
-                path, message = f"{path}.{word}" if path else word, message[len(word) :].lstrip(":, ")
-            self.fail(given.get(word, node), path, message)
+            word, message = _blame(error, known)
+            where = _locate(Node(dict(given), node.file, node.line), word.split(".") if word else ())
+            self.fail(where, ".".join(w for w in (path, word) if w), message)
             return None
 
     def value(self, hint: Any, node: Node, default: Any, path: str) -> Any:
@@ -444,9 +566,35 @@ class _Builder:
             inner = typing.get_args(bare)
             if typing.get_origin(bare) is tuple and inner and isinstance(inner[0], type) and issubclass(inner[0], Part):
                 return self.parts(inner[0].kind, node, default or (), path)
+            if typing.get_origin(bare) is tuple and inner and isinstance(node.value, list):
+                return self.items(bare, node, path)
             if bare is float and isinstance(node.value, dict):
-                return self.part("schedule", node, default if isinstance(default, Schedule) else None, path)
+                return self.varying(hint, node, default, path)
         return self.leaf(hint, node, path)
+
+    def items(self, hint: Any, node: Node, path: str) -> Any:
+        """A list of plain values."""
+        inner = typing.get_args(hint)
+        if inner[-1] is not Ellipsis and len(inner) != len(node.value):
+            self.fail(node, path, f"expected {describe(hint)}, got {len(node.value)} values")
+            return None
+        hints = inner if inner[-1] is not Ellipsis else inner[:1] * len(node.value)
+        return tuple(self.value(h, n, None, f"{path}.{i}") for i, (h, n) in enumerate(zip(hints, node.value, strict=True)))
+
+    def varying(self, hint: Any, node: Node, default: Any, path: str) -> Any:
+        """A number that is a schedule; its values are tried out."""
+        if not self.may_vary(path):
+            self.fail(node, path, "a schedule cannot stand here; only the numbers of trainer and data.augment may vary")
+            return None
+        outer, self.may_vary = self.may_vary, lambda path: False
+        schedule = self.part("schedule", node, default if isinstance(default, Schedule) else None, path)
+        self.may_vary = outer
+        for t in self.times() if schedule is not None else ():
+            value = schedule.at(t, self.epochs)
+            if not _fits(hint, value):
+                self.fail(node, path, f"expected {describe(hint)}, but the schedule gives {value:g} at epoch {t:g}")
+                return None
+        return schedule
 
     def parts(self, kind: str, node: Node, default: tuple[Part, ...], path: str) -> Any:
         """Several parts: a list replaces them, a mapping changes the ones that it names."""
@@ -454,36 +602,53 @@ class _Builder:
         if isinstance(node.value, dict) and "name" not in node.value:
             changed = {}
             for name, child in node.value.items():
-                if name not in by_name:
-                    known = f"; here are: {', '.join(by_name) or 'none'} (write a list to replace them)"
-                    self.fail(child, f"{path}.{name}", f"no such {kind} to change{nearest(name, by_name)}{known}")
+                names = [p.name for p in default]
+                if names.count(name) != 1:
+                    known = f"; here are: {', '.join(names) or 'none'} (write a list to replace them)"
+                    wrong = f"{'more than one' if name in by_name else 'no'} such {kind} to change"
+                    self.fail(child, f"{path}.{name}", f"{wrong}{nearest(name, by_name) if name not in by_name else ''}{known}")
                     continue
                 changed[name] = self.part(kind, child, by_name[name], f"{path}.{name}")
             return tuple(changed.get(p.name, p) for p in default)
         items = node.value if isinstance(node.value, list) else [node]
         out = []
         for i, item in enumerate(items):
-            named = item.value.get("name") if isinstance(item.value, dict) else item
-            start = by_name.get(named.value) if named is not None and isinstance(named.value, str) else None
+            named = _item_name(item)
+            start = by_name.get(named) if isinstance(named, str) else None
             out.append(self.part(kind, item, start, f"{path}.{i}"))
         return tuple(out)
 
     def leaf(self, hint: Any, node: Node, path: str) -> Any:
         raw = numbers(node.plain(), hint)
-        wrong_bool = isinstance(raw, bool) and bool not in _scalars(hint)
-        wrong_text = isinstance(raw, str | int | float) and not isinstance(raw, bool) and _scalars(hint) == {bool}
-        try:
-            if wrong_bool or wrong_text:
-                raise ValueError
-            value = adapter(hint).validate_python(raw)
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ValueError
-            return value
-        except (ValidationError, ValueError, OverflowError):
-            choices = [str(a) for option in _options(hint) for a in _choices(option)]
-            self.fail(node, path, f"expected {describe(hint)}, got {_shape(node)}{nearest(raw, choices) if choices else ''}")
-            return None
+        if _fits(hint, raw):
+            return adapter(hint).validate_python(raw)
+        choices = [str(c) for option in _options(hint) for c in _choices(option)]
+        near = nearest(raw, choices) if choices and isinstance(raw, str) else ""
+        if any(typing.get_origin(option) is tuple for option in _options(hint)) and not isinstance(raw, dict | list | None):
+            near = f" (write [{node.value}])"
+        self.fail(node, path, f"expected {describe(hint)}, got {_shape(node)}{near}")
+        return None
+
+
+def _fits(hint: Any, raw: Any) -> bool:
+    """Whether a plain value is what a field wants: ``true`` is no number, and numbers are finite."""
+    kinds = _scalars(hint)
+    if isinstance(raw, bool) and bool not in kinds:
+        return False
+    if isinstance(raw, str | int | float) and not isinstance(raw, bool) and kinds == {bool}:
+        return False
+    try:
+        value = adapter(hint).validate_python(raw)
+    except (ValidationError, ValueError, OverflowError):
+        return False
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _blame(error: ValueError, known: typing.Container[str]) -> tuple[str, str]:
+    """The field, or path from a field, that a part's own message begins with (or ""), and the rest of the message."""
+    message = str(error)
+    word = message.split(" ", 1)[0].rstrip(":,")
+    return (word, message[len(word) :].lstrip(":, ")) if word.split(".")[0] in known else ("", message)
 
 
 _FRACTION = re.compile(r"^\s*([-+]?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
@@ -491,8 +656,6 @@ _FRACTION = re.compile(r"^\s*([-+]?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
 
 def numbers(raw: Any, hint: Any) -> Any:
     """``8/255`` and ``1e-3`` as numbers where the field wants a number."""
-    if isinstance(raw, list):
-        return [numbers(r, hint) for r in raw]
     if isinstance(raw, str) and float in _scalars(hint) and str not in _scalars(hint):
         match = _FRACTION.match(raw)
         if match and float(match[2]) != 0:
@@ -509,6 +672,11 @@ def type_hints(cls: Any) -> dict[str, Any]:
 @functools.cache
 def adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint)
+
+
+def _takes_arch(cls: Any) -> bool:
+    """Whether the part is named like ``timm:resnet18``."""
+    return any(f.name == "arch" for f in dataclasses.fields(cls))
 
 
 def _class_default(f: Any) -> Any:
@@ -529,11 +697,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    if typing.get_origin(hint) is Literal:
-        return typing.get_args(hint)
-    if typing.get_origin(hint) is tuple:
-        return _choices(typing.get_args(hint)[0])
-    return ()
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
 
 
 def _scalars(hint: Any) -> set[type]:
@@ -572,16 +736,35 @@ def describe(hint: Any) -> str:
         limits = [f"{marks[type(m)][1]} {getattr(m, marks[type(m)][0])}" for m in args[1:] if type(m) in marks]
         return " ".join([describe(args[0]), " and ".join(limits)]).strip()
     if origin is Literal:
-        return "one of " + ", ".join(str(a) for a in args) if len(args) > 1 else f"'{args[0]}'"
+        return "one of " + ", ".join(str(c) for c in args) if len(args) > 1 else f"'{args[0]}'"
     if origin is tuple:
         if len(args) == 2 and args[1] is Ellipsis:
-            return f"a list of {describe(args[0]).removeprefix('a ')}{'s' if args[0] in _WORDS else ''}"
-        return "a list of " + ", ".join(describe(a) for a in args)
+            return f"a list of {_many(args[0])}"
+        return f"a list of {len(args)}: " + ", ".join(describe(a) for a in args)
     if isinstance(hint, type) and issubclass(hint, Part):
-        return f"a {hint.kind}"
+        return a(hint.kind)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return "a mapping"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _many(hint: Any) -> str:
+    """The items of a list in words: ``words``, ``numbers >= 0``, ``stages``, ``lists of words``."""
+    bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    if isinstance(bare, type) and issubclass(bare, Part):
+        return plural(bare.kind)
+    if typing.get_origin(bare) is tuple:
+        return describe(bare).replace("a list", "lists", 1)
+    one = describe(hint)
+    if bare in _WORDS and one.startswith("a "):
+        noun = _WORDS[bare].removeprefix("a ")
+        return one.removeprefix("a ").replace(noun, f"{noun}s", 1)
+    return one
+
+
+def a(word: str) -> str:
+    """The word with its article."""
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def _shape(node: Node) -> str:
@@ -591,7 +774,13 @@ def _shape(node: Node) -> str:
         return "a list" if node.value else "an empty list"
     if node.value is None:
         return "nothing"
-    text = repr(node.value)
+    if isinstance(node.value, bool | float):
+        return yaml.dump(node.value, Dumper=_Dumper).split("\n")[0]
+    return _short(node.value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -625,12 +814,15 @@ def build(kind: str, spec: Any, **fields: Any) -> Any:
     node = _as_node({}) if default is not None else _as_node({"name": spec} if isinstance(spec, str) else spec)
     if isinstance(node.value, dict):
         node = Node({**node.value, **{k: _as_node(v) for k, v in fields.items()}}, "", 0)
-    builder = _Builder()
+    builder = _Builder(lambda path: kind in _VARYING)
     part = builder.part(kind, node, default, "")
     if builder.errors:
         label = part_label(spec)
-        raise UserError(*(e if e.startswith(f"unknown {kind}") else f"{label}: {e}" for e in builder.errors))
+        raise UserError(*(e if e.startswith((f"unknown {kind}", f"{label}: ")) else f"{label}: {e}" for e in builder.errors))
     return part
+
+
+_VARYING = ("trainer", "stage", "attack", "objective", "regularizer", "gradient", "averaging")  # what Trainer.at resolves
 
 
 def part_label(spec: Any) -> str:
@@ -658,15 +850,71 @@ def build_config(node: Node) -> Config:
     Raises:
         UserError: one line for each mistake.
     """
-    builder = _Builder()
     given = dict(node.value)
     for key, name in DEFAULTS.items():
         start = Node({"name": Node(name, node.file, node.line)}, node.file, node.line)
         given[key] = merge(start, given[key]) if key in given else start
+    builder = _Builder(lambda path: path.startswith(("trainer.", "data.augment.")), _epochs(given))
     config = builder.fields(Config, given, node, None, "")
+    if config is not None:
+        _check_together(builder, config, Node(given, node.file, node.line))
     if builder.errors:
         raise UserError(*builder.errors)
     return typing.cast(Config, config)
+
+
+def _epochs(given: Mapping[str, Node]) -> int:
+    training = given["training"].plain() if "training" in given else None
+    asked = training.get("epochs") if isinstance(training, dict) else None
+    return asked if isinstance(asked, int) and asked > 0 else Training.epochs
+
+
+def _check_together(builder: _Builder, config: Config, root: Node) -> None:
+    """What the parts of a configuration demand of each other."""
+    for where, part in [*_parts(config.trainer, ("trainer",)), *_parts(config.data.augment, ("data", "augment"))]:
+        if not any(hasattr(part, field) for field in ("norm", "eps")):
+            continue
+        try:
+            for t in builder.times():
+                with_threat(resolve_schedules(part, t, builder.epochs), config.threat)
+        except ValueError as error:
+            word, message = _blame(error, ("norm", "eps"))
+            builder.fail(_locate(root, [*where, word]), ".".join(w for w in (*where, word) if w), message)
+    try:
+        dataclasses.replace(config.trainer, inner=(*config.data.augment, *config.trainer.inner))
+    except ValueError as error:
+        builder.fail(_locate(root, ["data", "augment"]), "data.augment", f"before the trainer's stages: {error}")
+    for i, name in enumerate(config.evaluation.suites):
+        if not name.endswith((".yaml", ".yml")):
+            try:
+                lookup("suite", name)
+            except UserError as error:
+                where = ("evaluation", "suites", str(i))
+                builder.fail(_locate(root, where), ".".join(where), str(error))
+
+
+def _parts(value: Any, where: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """All parts of a tree, each with its path."""
+    if isinstance(value, tuple):
+        names = [getattr(item, "name", "") for item in value]
+        for i, item in enumerate(value):
+            yield from _parts(item, (*where, names[i] if names.count(names[i]) == 1 else str(i)))
+    elif is_part(value):
+        yield where, value
+        for f in dataclasses.fields(value):
+            yield from _parts(getattr(value, f.name), (*where, f.name))
+
+
+def _locate(node: Node, where: Sequence[str]) -> Node:
+    """The value at a path, or the nearest value around it that was written down."""
+    for step in where:
+        if isinstance(node.value, dict) and step in node.value:
+            node = node.value[step]
+        elif isinstance(node.value, list) and (i := _position(node, step)) is not None:
+            node = node.value[i]
+        else:
+            break
+    return node
 
 
 def load_config(path: str | Path, settings: Sequence[str] = ()) -> Config:
@@ -700,12 +948,25 @@ def load_suite(spec: str) -> Suite:
 
 
 def build_suite(node: Node, stem: str) -> Suite:
-    builder = _Builder()
-    name = node.value["name"].value if "name" in node.value else stem
-    cls = None if name in entries("suite") else custom_suite(str(name))
+    builder = _Builder(lambda path: False)
+    named = node.value.get("name", Node(stem, node.file, node.line))
+    if not isinstance(named.value, str):
+        builder.fail(named, "name", f"expected the name of a suite, got {_shape(named)}")
+        raise UserError(*builder.errors)
+    cls = None if named.value in entries("suite") else custom_suite(named.value)
     suite = builder.part("suite", node, None, "", cls)
     if suite is not None and not suite.attacks and not suite.corruptions:
         builder.fail(node, "", "a suite needs 'attacks' or 'corruptions'")
+    for norm in suite.norms if suite is not None else ():
+        for i, eps in enumerate(suite.eps):
+            try:
+                check_radius(norm, eps)
+                for attack in suite.attacks:
+                    with_threat(attack, Threat(norm, eps))
+            except ValueError as error:
+                word, message = _blame(error, ("eps",))
+                where = ("eps", str(i)) if word else ("norms", str(suite.norms.index(norm)))
+                builder.fail(_locate(node, where), ".".join(where), message)
     if builder.errors:
         raise UserError(*builder.errors)
     return typing.cast(Suite, suite)
@@ -738,7 +999,7 @@ def validate_file(path: str | Path) -> None:
 
 def to_yaml(value: Any) -> str:
     """Plain values, or a part, as YAML that :func:`read` understands."""
-    return yaml.safe_dump(dump(value), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dump(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # --------------------------------------------------------------------------------------------------------- the schema
@@ -759,27 +1020,28 @@ def json_schema() -> dict[str, Any]:
             return section(bare)
         args = typing.get_args(bare)
         if typing.get_origin(bare) is tuple and args and isinstance(args[0], type) and issubclass(args[0], Part):
-            return {"anyOf": [{"type": "array", "items": of(args[0])}, {"type": "object"}, {"type": "string"}]}
+            return {"anyOf": [{"type": "array", "items": of(args[0])}, of(args[0])]}
         plain = adapter(hint).json_schema()
         if bare is float:
             fraction = {"type": "string", "pattern": _FRACTION.pattern}
-            return {"anyOf": [plain, fraction, parts_of("schedule")]}
+            return {"anyOf": [plain, fraction, {"allOf": [{"type": "object"}, parts_of("schedule")]}]}
         return plain
 
     def parts_of(kind: str) -> dict[str, Any]:
         if kind not in definitions:
             definitions[kind] = {}
-            named = [section(cls, name) for name, cls in entries(kind).items()]
+            known = entries(kind)
+            words = [{"enum": list(known)}, *({"type": "string", "pattern": f"^{n}:"} for n, c in known.items() if _takes_arch(c))]
+            named = [section(cls, name) for name, cls in known.items()]
             loose = {"type": "object", "not": {"required": ["name"]}}
-            definitions[kind] = {"anyOf": [{"type": "string"}, *named, loose]}
+            definitions[kind] = {"anyOf": [*words, *named, loose]}
         return {"$ref": f"#/$defs/{kind}"}
 
     def section(cls: Any, name: str | None = None) -> dict[str, Any]:
         hints = type_hints(cls)
         properties = {f.name: of(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
         if name is not None:
-            colon = "arch" in properties
-            properties["name"] = {"type": "string", "pattern": f"^{name}:"} if colon else {"const": name}
+            properties["name"] = {"type": "string", "pattern": f"^{name}(:|$)"} if _takes_arch(cls) else {"const": name}
         out = {"type": "object", "properties": properties, "additionalProperties": False}
         return out | ({"required": ["name"]} if name is not None else {})
 

@@ -30,9 +30,10 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             os.fsync(out.fileno())
         os.replace(scratch, path)
     except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
         with contextlib.suppress(OSError):
             scratch.unlink()
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
 
 
 def sweep(folder: str | Path) -> None:

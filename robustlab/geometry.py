@@ -131,7 +131,7 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
     coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, all feasible.
     """
     flat, largest = _over_largest(d)
-    most = most * largest
+    cap = most * largest
     bound = torch.where(flat > 0, 1 - _flat(x0), _flat(x0))
     square = flat.square()
     size = torch.where(square > 0, flat.abs(), torch.zeros_like(flat))  # what vanishes beside the largest does not move
@@ -141,7 +141,7 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
         spent = torch.where(at_bound, bound.square(), torch.zeros_like(bound)).sum(1, keepdim=True)
         free = torch.where(at_bound, torch.zeros_like(square), square).sum(1, keepdim=True)
         s = ((eps * eps - spent).clamp_min(0) / free.clamp_min(tiny)).sqrt()
-        s = torch.where(free > 0, s, torch.full_like(s, torch.finfo(d.dtype).max)).minimum(most)
+        s = torch.where(free > 0, s, torch.full_like(s, torch.finfo(d.dtype).max)).minimum(cap)
         reached = at_bound | (s * size > bound)
         if bool((reached == at_bound).all()):
             break

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BN = (nn.modules.batchnorm._BatchNorm,)
+# What keeps a layer in train mode from touching its running statistics. InstanceNorm updates whatever buffers it has.
+_QUIET: tuple[tuple[type[nn.Module], dict[str, Any]], ...] = (
+    (nn.modules.batchnorm._BatchNorm, {"track_running_stats": False}),
+    (nn.modules.instancenorm._InstanceNorm, {"running_mean": None, "running_var": None}),
+)
 
 
 def unwrap(f: Any) -> Any:
@@ -44,18 +48,18 @@ def bn_mode(f: Any, mode: str) -> Iterator[None]:
         return
     modules = list(f.modules())
     flags = [m.training for m in modules]
-    tracking: list[tuple[nn.Module, bool]] = []
+    saved: list[tuple[nn.Module, str, Any]] = []
     try:
         f.train(mode != "eval")
         if mode == "train-noupdate":
             for m in modules:
-                if isinstance(m, _BN):
-                    tracking.append((m, m.track_running_stats))
-                    m.track_running_stats = False
+                for name, value in next((quiet for kind, quiet in _QUIET if isinstance(m, kind)), {}).items():
+                    saved.append((m, name, getattr(m, name)))
+                    setattr(m, name, value)
         yield
     finally:
-        for m, track in tracking:
-            m.track_running_stats = track  # type: ignore[assignment]
+        for m, name, value in saved:
+            setattr(m, name, value)
         for m, flag in zip(modules, flags, strict=True):
             m.training = flag
 

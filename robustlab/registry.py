@@ -68,12 +68,23 @@ def _load(kind: str) -> None:
     if kind in _loaded:
         return
     _loaded.add(kind)
+    try:
+        _import(kind)
+    except BaseException:
+        _loaded.discard(kind)
+        raise
+
+
+def _import(kind: str) -> None:
     for folder in FOLDERS[kind]:
         package = importlib.import_module(f"robustlab.{folder}")
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"robustlab.{folder}.{module.name}")
     for point in importlib.metadata.entry_points(group="robustlab.parts"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            raise UserError(f"the plug-in '{point.name}' ({point.value}) cannot be loaded: {error}") from error
 
 
 def entries(kind: str) -> dict[str, type[Part]]:
@@ -90,14 +101,18 @@ def lookup(kind: str, name: str) -> type[Part]:
     """
     known = entries(kind)
     if name not in known:
-        raise UserError(f"unknown {kind} '{name}'{nearest(name, known)}; known: {', '.join(known)}")
+        others = [f"an {k}" if k[0] in "aeiou" else f"a {k}" for k in FOLDERS if name in entries(k)]
+        elsewhere = f"; '{name}' is {' and '.join(others)}" if others else ""
+        shown = name if len(name) <= 60 else f"{name[:57]}..."
+        raise UserError(f"unknown {kind} '{shown}'{nearest(shown, known)}{elsewhere}; known: {', '.join(known)}")
     return known[name]
 
 
 def nearest(word: object, known: object) -> str:
-    """`` (did you mean 'pgd'?)``, or nothing when no known word is near."""
-    close = difflib.get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    """`` (did you mean 'pgd'?)``, or nothing when no known word is near; capitals do not count."""
+    spelled = {str(k).lower(): str(k) for k in known}  # type: ignore[attr-defined]
+    close = difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
+    return f" (did you mean '{spelled[close[0]]}'?)" if close else ""
 
 
 def kind_of(word: str) -> str:

@@ -386,9 +386,9 @@ class Trainer(Part):
         for i, stage in enumerate(self.inner):
             self._check(f"inner.{i}.on", getattr(stage, "on", "clean"), views)
             views.add(getattr(stage, "to", "clean"))
-        for part in (self.objective, *self.regularizers):
+        for where, part in [("objective", self.objective), *((f"regularizers.{i}", r) for i, r in enumerate(self.regularizers))]:
             for name in ("on", "clean", "adv"):
-                self._check(f"{part.name}.{name}", getattr(part, name, ()), views)
+                self._check(f"{where}.{name}", getattr(part, name, ()), views)
         self._check("bn_updates", self.bn_updates, views)
         for group in self.joint:
             self._check("joint", group, views)

@@ -4,12 +4,13 @@
 
 Each side attacks the first test images with every seed. Printed: the robust accuracies and the difference of their means; how often
 the two sides agree on a sample, over all pairs of seeds; and how often each side agrees with itself between two seeds, which is
-the most that can be asked for.
+the most that can be asked for. Exits with 1 when a goal is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import sys
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from robustlab import config
+from robustlab import config, registry
 from robustlab.attacks.apgd import APGD
+from robustlab.models.checkpoint import load_model, read_meta
 
 NAMES = {"linf": "Linf", "l2": "L2"}
 
@@ -95,13 +97,21 @@ def describe(result: Parity) -> str:
     )
 
 
-def main() -> None:
+def image_fields(data: str, model: str) -> dict[str, int]:
+    """The size and channels that a checkpoint was made for, where the data set comes in several."""
+    if not Path(model).exists():
+        return {}
+    channels, size, _ = read_meta(model)["image_shape"]
+    known = {field.name for field in dataclasses.fields(registry.lookup("dataset", data))}
+    return {name: value for name, value in (("size", size), ("channels", channels)) if name in known}
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", default="runs/demo/pgd-at/best.safetensors", help="checkpoint, timm:NAME or package.module:callable"
     )
     parser.add_argument("--data", default="digits")
-    parser.add_argument("--size", type=int, help="of the images, for data sets that have several (digits: 16 if not given)")
     parser.add_argument("--num-examples", type=int, default=500)
     parser.add_argument("--norm", choices=NAMES, default="linf")
     parser.add_argument("--eps", type=float, default=0.1)
@@ -109,17 +119,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
-    from robustlab.models.checkpoint import load_model
-
     f = load_model(args.model)
-    test = config.build("dataset", args.data, **({"size": args.size} if args.size else {})).load().test
+    test = config.build("dataset", args.data, **image_fields(args.data, args.model)).load().test
     x, y, _ = next(iter(test.batches([torch.arange(min(args.num_examples, len(test)))])))
     result = compare(f, x, y, args.norm, args.eps, args.loss, range(args.seeds))
     print(
         f"APGD-{args.loss.upper()}, {args.norm} {args.eps:g}, {len(x)} images of {args.data}; robust accuracy for each seed, in %"
     )
     print(describe(result))
+    met = abs(result.difference) <= 0.005 and result.between >= Parity.within(result.reference) - 0.005
+    print("goals (means within 0.5 points; agreement at least the reference's own minus 0.5 points):", "met" if met else "MISSED")
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

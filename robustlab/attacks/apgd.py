@@ -13,8 +13,8 @@ The start lies on the sphere of radius eps around x: a uniform draw scaled up in
 Differences from the authors' code:
 
 - l2 projects on the intersection of ball and box; theirs scales into the ball, then clamps.
-- Their test of condition 1 at the first checkpoint compares the loss after the first step with zero; here with the loss at the start,
-  as the paper has it. That touched no verdict of 12,000 (digits; linf, l2; CE, DLR); with it put in, both codes follow
+- Their test of condition 1 at the first checkpoint compares the loss after the first step with zero; here with the loss at the
+  start, as the paper has it. That touched no verdict of 12,000 (digits; linf, l2; CE, DLR); with it put in, both codes follow
   the same path from the same start in float64 (tests/reference/test_apgd_parity.py).
 - A sample leaves the search as soon as it is fooled; theirs goes on and keeps the last fooling point.
 - A sample that is never fooled gets the point of largest loss; theirs gets its clean image.
@@ -90,7 +90,7 @@ class APGD(Attack):
         x = x.detach()
         least = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         found = Point(x.clone(), least, torch.zeros_like(least, dtype=torch.bool))
-        info = {"grad": torch.zeros_like(x), "passes": passes(x, 0, 0).to(x.device)}
+        info = {"grad": torch.zeros_like(x), "passes": passes(x, 0, 0)}
         for r in range(self.restarts):
             rows = (~found.fooled).nonzero().squeeze(1)
             if len(rows) == 0:

@@ -74,7 +74,7 @@ class PGD(Attack):
                 break
             new, g[rows] = self._climb(f, x[rows], y[rows], rng.select(rows).child("restart", r))
             put_better(point, rows, new)
-            cost[rows.cpu()] += each
+            cost[rows] += each
         return point.x, {"grad": g, "passes": cost}
 
     def _climb(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Point, Tensor]:

@@ -100,4 +100,4 @@ def put_better(points: Point, rows: Tensor, new: Point) -> None:
 
 def passes(x: Tensor, forwards: int, backwards: int) -> Tensor:
     """The cost of each sample, the same for all: (N, 2), forward and backward passes."""
-    return torch.tensor([forwards, backwards]).repeat(len(x), 1)
+    return torch.tensor([forwards, backwards], device=x.device).repeat(len(x), 1)

@@ -113,14 +113,17 @@ class StreamImages:
         loader = torch.utils.data.DataLoader(
             self.dataset, batch_sampler=sampler, num_workers=self.num_workers, pin_memory=on_cuda, generator=torch.Generator()
         )
-        batches = iter(loader)
+        batches, failure = iter(loader), None
         while True:
             try:
                 x, y = next(batches)
             except StopIteration:
                 return
             except UserError as error:  # from a worker it comes with a traceback in its text
-                raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+                failure = str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)
+            if failure is not None:
+                del batches  # ends the workers now, not when the error is forgotten
+                raise UserError(failure)
             positions = ahead.popleft()
             yield (
                 as_float(x.to(device, non_blocking=on_cuda)),

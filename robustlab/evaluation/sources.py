@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from robustlab.modes import ambient
 from robustlab.types import Splits, UserError, check_images
 
 Batch = tuple[Tensor, Tensor]  # images float32 in [0, 1] (n, C, H, W), labels int64 (n,), on the CPU
@@ -53,7 +54,9 @@ class Source:
             positions = torch.arange(size or 0).split(batch_size)
             yield from ((x, y) for x, y, _ in data.batches(positions if size else ()))
         elif isinstance(data, DataLoader):
-            yield from _recut((_pair(b) for b in data), batch_size, size)
+            with ambient(0):  # its workers' seed comes from the global generator
+                loaded = iter(data)
+            yield from _recut((_pair(b) for b in loaded), batch_size, size)
         else:
             items = iter(data) if isinstance(data, IterableDataset) else (data[i] for i in range(size or 0))
             yield from _recut(((_image(x)[None], torch.as_tensor(y).reshape(1)) for x, y in map(_pair, items)), batch_size, size)
@@ -76,6 +79,8 @@ def open_source(data: Any) -> Source:
             raise UserError(f"data: {len(x)} images but {len(y)} labels")
         return Source(data, _some(len(x)))
     if isinstance(data, DataLoader):
+        if isinstance(data.sampler, RandomSampler):
+            raise UserError("data: the DataLoader shuffles, so nothing could be repeated or resumed; give it shuffle=False")
         try:
             size = None if isinstance(data.dataset, IterableDataset) else len(data.sampler)  # type: ignore[arg-type]
         except TypeError:

@@ -94,7 +94,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
                 f"{path}: pickled checkpoints are not loaded, since they can run code; name the architecture and start "
                 "from its tensors with 'model.init' (torch.load with weights_only=True), or convert it to safetensors"
             ) from None
-        raise UserError(f"{path}: not a safetensors file, or a damaged one: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a safetensors file, or a damaged one: {first_line(error)}") from None
 
 
 def is_pickled(path: Path) -> bool:
@@ -150,7 +150,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> nn.
         part = config.build("model", fields)
         module = part.build()
     except ValueError as error:
-        raise UserError(f"{path}: cannot rebuild the model: {error}") from None
+        raise UserError(f"{path}: cannot rebuild the model: {first_line(error)}") from None
     tensors.update({name: tensors[kept] for name, kept in meta.get("tied", {}).items() if kept in tensors})
     _fill(module, tensors, str(path))
     module.robustlab_meta = meta
@@ -221,6 +221,11 @@ def _fill(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None
     module.load_state_dict(dict(tensors))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _few(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
@@ -265,7 +270,7 @@ def import_callable(spec: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
-        raise UserError(f"{spec}: cannot import '{module_name}': {type(error).__name__}: {error}") from None
+        raise UserError(f"{spec}: cannot import '{module_name}': {type(error).__name__}: {first_line(error)}") from None
     finally:
         sys.path.remove(here)
     if not hasattr(module, name):
@@ -298,7 +303,7 @@ def as_module(thing: Any, spec: str) -> nn.Module:
         try:
             thing = thing()
         except Exception as error:  # whatever the user's factory raises
-            raise UserError(f"{spec}: calling it failed: {type(error).__name__}: {error}") from None
+            raise UserError(f"{spec}: calling it failed: {type(error).__name__}: {first_line(error)}") from None
     if isinstance(thing, nn.Module):
         return thing
     if not callable(thing):

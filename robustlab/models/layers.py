@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from robustlab.models.checkpoint import load_weights
 from robustlab.types import Count, Model
@@ -34,6 +35,30 @@ class Normalize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
+
+
+class Fit(nn.Module):
+    """Images of another size are resized (shorter side to ``resize``, antialiased) and their centre is cut out; others pass.
+
+    Args:
+        size: height and width that come out.
+        resize: the shorter side before the cut, at least ``size``.
+        mode: ``bilinear`` or ``bicubic``.
+    """
+
+    def __init__(self, size: int, resize: int, mode: str):
+        super().__init__()
+        self.size, self.resize, self.mode = size, resize, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = x.shape[-2:]
+        if (h, w) == (self.size, self.size):
+            return x
+        short = min(h, w)
+        shape = (self.resize * h // short, self.resize * w // short)
+        x = interpolate(x, size=shape, mode=self.mode, align_corners=False, antialias=True)
+        top, left = round((shape[0] - self.size) / 2), round((shape[1] - self.size) / 2)
+        return x[..., top : top + self.size, left : left + self.size]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,63 @@ class TrainingScreen:
     _total = 1
 
 
+class EvaluationScreen:
+    """Shows an evaluation; call it with the runner's events."""
+
+    def __init__(self, label: str):
+        self.label = label
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._suite = ""
+
+    def __enter__(self) -> EvaluationScreen:
+        if err.is_terminal:
+            self._bar = bar()
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        threat = event["threat"]
+        where = f" {threat['norm']} {threat['eps']:.4g}" if threat else ""
+        kept = f"{event['correct']} of {event['given']} remain" if threat else f"{event['correct']} of {event['given']} correct"
+        text = f"{self.label}  {event['suite']}{where}  batch {event['batch'] + 1}  {event['attack']}: {kept}"
+        if self._bar is None:
+            if threat is None and event["seconds"] < 1:
+                return
+            err.print(f"{text}  {event['seconds']:.1f} s", markup=False)
+            return
+        if self._task is None or self._suite != event["suite"]:
+            self._suite = event["suite"]
+            self._task = self._bar.add_task("", total=event["n"], note="")
+        self._bar.update(self._task, completed=event["done"], description=f"{self.label}  {event['suite']}", note=text)
+
+
+def record_text(record: Any) -> str:
+    """A record in one line per fact."""
+    m, n = record.metrics, record.data.n
+    lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
+    lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
+    for t in m.threats:
+        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {t.eps:.4g}")
+    for name, values in m.corruptions.items():
+        severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
+        lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
+    if m.corruption_accuracy is not None:
+        lines.append(f"  mean over corruptions {m.corruption_accuracy:.1%}")
+    c = record.cost
+    passes = f"{c.forwards_per_sample:,.0f} forwards, {c.backwards_per_sample:,.0f} backwards an image"
+    lines.append(f"  cost    {passes}; {duration(c.seconds)}")
+    return "\n".join(lines)
+
+
+def share(value: float, interval: Sequence[float]) -> str:
+    return f"{value:6.1%}  (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
+
+
 def duration(seconds: float) -> str:
     """``1h02``, ``3m20`` or ``12s``."""
     whole = round(seconds)

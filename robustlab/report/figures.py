@@ -13,7 +13,7 @@ from robustlab.types import UserError
 # Okabe and Ito's colours: told apart under the common kinds of colour blindness, and in print by the markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "robustlab",
     "svg.fonttype": "path",
     "font.size": 11,
@@ -56,7 +56,16 @@ def accuracy_curve(records: Sequence[Mapping[str, Any]], path: str | Path) -> tu
             eps, accuracy, low, high = (list(v) for v in zip(*curves[name], strict=True))
             colour = COLOURS[i % len(COLOURS)]
             axes.fill_between(eps, _percent(low), _percent(high), color=colour, alpha=0.15, linewidth=0)
-            axes.plot(eps, _percent(accuracy), color=colour, marker=MARKERS[i % len(MARKERS)], markersize=5, label=name)
+            axes.plot(
+                eps,
+                _percent(accuracy),
+                color=colour,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=5,
+                label=name,
+                clip_on=False,
+                zorder=3,
+            )
         axes.set(ylim=(0, 100), ylabel=f"accuracy under {suite} (%)", xlabel=f"radius {UNITS[norm]}, in units of the pixel range")
         if norm == "l0":
             axes.set_xlabel("pixels changed")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from robustlab.registry import register
 from robustlab.trainers.pgd_at import PgdAt
-from robustlab.types import Fidelity, GradientRule
+from robustlab.types import GradientRule
 from robustlab.weight_perturbation.awp import Awp
 
 
@@ -18,7 +18,7 @@ from robustlab.weight_perturbation.awp import Awp
 class AtAwp(PgdAt):
     """PGD adversarial training at the worst weights nearby."""
 
-    fidelity: Fidelity = "paper-verified"
+    fidelity = "paper-verified"
     passes = "12 forwards, 10 input gradients, 2 backwards"
 
     gradient: GradientRule = Awp(gamma=0.01)

@@ -12,7 +12,7 @@ from robustlab.attacks.craft import Craft
 from robustlab.attacks.pgd import PGD
 from robustlab.objectives.cross_entropy import CrossEntropy
 from robustlab.registry import register
-from robustlab.types import BnMode, Fidelity, GradientRule, Objective, Stage, Trainer
+from robustlab.types import BnMode, GradientRule, Objective, Stage, Trainer
 from robustlab.weight_perturbation.plain import Plain
 
 
@@ -20,7 +20,7 @@ from robustlab.weight_perturbation.plain import Plain
 class PgdAt(Trainer):
     """Adversarial training on the images that PGD finds."""
 
-    fidelity: Fidelity = "paper-verified"
+    fidelity = "paper-verified"
     passes = "11 forwards, 10 input gradients, 1 backward"
 
     inner: tuple[Stage, ...] = (Craft(attack=PGD(steps=10, rel_step=0.25)),)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from robustlab.objectives.cross_entropy import CrossEntropy
 from robustlab.registry import register
-from robustlab.types import Fidelity, GradientRule, Objective, Trainer
+from robustlab.types import GradientRule, Objective, Trainer
 from robustlab.weight_perturbation.plain import Plain
 
 
@@ -12,7 +12,7 @@ from robustlab.weight_perturbation.plain import Plain
 class Standard(Trainer):
     """Ordinary training on clean images."""
 
-    fidelity: Fidelity = "paper-verified"
+    fidelity = "paper-verified"
     passes = "1 forward, 1 backward"
 
     objective: Objective = CrossEntropy()

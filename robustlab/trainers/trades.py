@@ -13,7 +13,7 @@ from robustlab.attacks.craft import Craft
 from robustlab.attacks.pgd import PGD
 from robustlab.objectives.trades import TradesLoss
 from robustlab.registry import register
-from robustlab.types import BnMode, Fidelity, GradientRule, Objective, Stage, Trainer
+from robustlab.types import BnMode, GradientRule, Objective, Stage, Trainer
 from robustlab.weight_perturbation.plain import Plain
 
 
@@ -21,7 +21,7 @@ from robustlab.weight_perturbation.plain import Plain
 class Trades(Trainer):
     """Clean cross-entropy plus a divergence that keeps predictions alike within the ball."""
 
-    fidelity: Fidelity = "paper-verified"
+    fidelity = "paper-verified"
     passes = "13 forwards, 10 input gradients, 2 backwards"
 
     inner: tuple[Stage, ...] = (Craft(attack=PGD(steps=10, rel_step=0.25, start="normal", loss="kl"), toward="clean"),)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import re
+import signal
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from robustlab import geometry
 from robustlab.evaluation.counting import Counter
-from robustlab.evaluation.ledger import read
+from robustlab.evaluation.ledger import Ledger, read
 from robustlab.evaluation.runner import evaluate, threats_of, unique
 from robustlab.losses import cross_entropy
 from robustlab.types import Attack, Corruption, Splits, Suite, Threat, UserError
@@ -141,6 +144,7 @@ def test_several_threats_and_repeated_names(linear):
     assert torch.equal(result.robust, result.verdicts[0])
     assert unique(["a", "b", "a", "a"]) == ["a", "b", "a#2", "a#3"]
     json.dumps(result.to_dict(), allow_nan=False)
+    assert re.fullmatch(r"clean \d\d\.\d\d % \[.*\], robust .* % \[.*\] under toy \(linf 0\.02, n = 200\)", repr(result))
 
 
 # ------------------------------------------------------------------------------------------------- attacks that cheat
@@ -290,6 +294,27 @@ def test_the_model_is_left_as_it_was(net):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_an_attack_that_changes_the_mode_gains_nothing(net):
+    """In train mode dropout and the batch's statistics would change most answers."""
+    f, x, y = net
+
+    def disturb(self, g, x, y, rng):
+        f.train()
+        return x, {}
+
+    modes = []
+    look = attack("look", lambda self, g, x, y, rng: (modes.append(f.training), (x, {}))[1])
+    result = evaluate(f.eval(), (x, y), make_suite(attack("disturb", disturb), look), threat=LINF)
+    assert torch.equal(result.robust, result.clean)
+    assert modes == [False]
+    assert not f.training
+    f.train()
+    before = {k: v.clone() for k, v in f.state_dict().items()}
+    assert torch.equal(evaluate(f, (x, y), make_suite()).clean, result.clean)
+    assert f.training
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
+
+
 def test_batch_size_changes_no_verdict(net):
     f, x, y = net
     suite = make_suite(NOISE, WORST)
@@ -345,9 +370,24 @@ def test_bf16_searches_low_and_scores_high(net):
     gap = (seen[0][2] - seen[1][2]).abs().max()
     assert 1e-5 < gap < 0.1, "the search must have run in bf16, and near enough"
     assert torch.equal(low.clean, high.clean)
+
+
+def test_the_callers_autocast_reaches_neither_search_nor_score(net):
+    f, x, y = net
+    inside = []
+
+    def watched(x):
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return f.eval()(x)
+
+    plain = evaluate(watched, (x, y), make_suite(WORST), threat=LINF)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = evaluate(f, (x, y), make_suite(attack("look", look)), threat=LINF, batch_size=90)
-    assert torch.equal(inside.robust, high.robust)
+        under = evaluate(watched, (x, y), make_suite(WORST), threat=LINF)
+    assert torch.equal(plain.robust, under.robust)
+    assert not any(inside)
+    inside.clear()
+    evaluate(watched, (x, y), make_suite(WORST), threat=LINF, precision="bf16")
+    assert inside == [False, True, False], "clean, search, score"
 
 
 def test_a_float64_model_is_scored_in_float64(linear):
@@ -519,6 +559,48 @@ def test_a_kill_anywhere_then_resume_gives_the_same_ledger_and_result(linear, tm
         assert (again.cost["forwards"], again.cost["backwards"]) == (whole.cost["forwards"], whole.cost["backwards"])
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_sigkill_before_during_and_after_every_line(linear, tmp_path, monkeypatch):
+    """A child process is killed at its first new line, in three ways in turn; the next child resumes, until nothing is left."""
+    f, data, suite = small(linear)
+    whole = evaluate(f, data, suite, out=tmp_path / "whole", **RUN)
+    lines = len(timeless(tmp_path / "whole" / "ledger.jsonl"))
+    write = Ledger._write
+    folder, kills = tmp_path / "killed", 0
+
+    def dying(moment):
+        def _write(self, value):
+            if moment == "during":
+                half = json.dumps(value, separators=(",", ":")).encode()
+                self._file.write(half[: len(half) // 2])
+            if moment == "after":
+                write(self, value)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return _write
+
+    for line in range(lines):
+        for moment in ("before", "during", "after"):
+            child = os.fork()
+            if child == 0:
+                monkeypatch.setattr(Ledger, "_write", dying(moment))
+                try:
+                    evaluate(f, data, suite, out=folder, resume=True, **RUN)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status)
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            kills += 1
+        assert timeless(folder / "ledger.jsonl") == timeless(tmp_path / "whole" / "ledger.jsonl")[: line + 1]
+    again = evaluate(f, data, suite, out=folder, resume=True, **RUN)
+    assert kills == 3 * lines == 39
+    assert timeless(folder / "ledger.jsonl") == timeless(tmp_path / "whole" / "ledger.jsonl")
+    assert torch.equal(again.robust, whole.robust)
+    assert again.per_attack.keys() == whole.per_attack.keys()
+
+
 def test_what_is_done_is_not_done_again(linear, tmp_path):
     f, data, suite = small(linear)
 
@@ -629,9 +711,11 @@ def test_every_kind_of_data_gives_the_same(linear, kind, limit):
     x, y = (x[:100] * 255).round() / 255, y[:100]
     base = evaluate(f, (x, y), make_suite(NOISE), threat=LINF, batch_size=30, num_examples=limit)
     assert base.n == min(limit or 100, 100)
+    state = torch.get_rng_state()
     result = evaluate(f, KINDS[kind](x, y), make_suite(NOISE), threat=LINF, batch_size=30, num_examples=limit)
     assert torch.equal(result.robust, base.robust)
     assert result.fingerprint == base.fingerprint
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_memory_is_bounded_by_the_batch(linear):
@@ -677,6 +761,7 @@ def test_bad_data_is_one_line(linear):
     one_line("expected tensors", f, 7)
     one_line("expected two tensors", f, (x, [1, 2]))
     one_line("expected items", f, DataLoader(x))
+    one_line("shuffle=False", f, DataLoader(Items(x, y), shuffle=True))
     one_line("expected an image tensor", f, Items(["a.png"], y))
     one_line("different shapes", f, Items([x[0], x[1, :, :1]], y))
 
@@ -705,7 +790,13 @@ def test_bad_settings_are_one_line(linear):
 def test_the_threat_may_come_from_the_attacks():
     given = dataclasses.replace(WORST, norm="l1", eps=0.25)
     assert threats_of(make_suite(given, given), None) == [Threat("l1", 0.25)]
-    assert threats_of(make_suite(given, given), LINF) == [LINF]
+    assert threats_of(make_suite(given, given), LINF) == [Threat("l1", 0.25)]
+    assert threats_of(make_suite(given, WORST), Threat("l1", 0.25)) == [Threat("l1", 0.25)]
+    with pytest.raises(UserError, match=r"'worst' has its own threat model, l1 0\.25; the evaluation's is linf 0\.1"):
+        threats_of(make_suite(WORST, given), LINF)
+    with pytest.raises(UserError, match=r"own threat model, linf 0\.2; the evaluation's is linf 0\.1"):
+        threats_of(make_suite(dataclasses.replace(WORST, eps=0.2), WORST), LINF)
+    assert threats_of(make_suite(dataclasses.replace(WORST, eps=0.2)), LINF) == [Threat("linf", 0.2)]
     assert threats_of(make_suite(WORST, eps=(0.1, 0.2)), Threat("l2", 3.0)) == [Threat("l2", 0.1), Threat("l2", 0.2)]
     with pytest.raises(UserError, match="give norm and eps"):
         threats_of(make_suite(given, WORST), None)

@@ -18,7 +18,9 @@ SHAPE = (2, 2, 3)  # channels, height, width
 D = math.prod(SHAPE)
 
 unit = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(0, 1))
-wide = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 1e-30]), st.floats(-3, 3), st.floats(-1e-3, 1e-3))
+wide = st.one_of(st.sampled_from([0.0, 1.0, -1.0, 1e-30]), st.floats(-3, 3), st.floats(-1e-3, 1e-3)).map(
+    lambda v: v if abs(v) > 1e-60 else 0.0
+)
 radius = st.one_of(st.sampled_from([0.0, 0.1, 1.0, 3.0]), st.floats(1e-3, 4))
 
 
@@ -224,9 +226,10 @@ def test_linear_max_in_l2_satisfies_the_kkt_conditions(x0, g, eps):
         free = gains & ~stuck
         if bool(free.any()):
             assert float(z[i].norm()) == pytest.approx(eps, abs=1e-6)
-            s = z[i][free] / g[i][free]
-            assert float(s.max() - s.min()) <= 1e-6 * float(s.max())
-            assert bool((s.max() * g[i].abs() >= z[i].abs() - 1e-9).all())
+            leader = (g[i].abs() * free).argmax()
+            s = z[i].flatten()[leader] / g[i].flatten()[leader]
+            assert float((z[i] - s * g[i])[free].abs().max()) <= 1e-9
+            assert bool((s * g[i].abs() >= z[i].abs() - 1e-9).all())
         assert bool((z[i] * g[i] >= 0).all())
 
 

@@ -80,15 +80,15 @@ def test_different_paths_have_different_keys():
     assert len(keys) == len(paths) + 3
 
 
-def test_every_possible_normal_is_finite_and_distinct_signs_balance():
-    u = (torch.arange(2**23).float() + 0.5) * 2.0**-22 - 1.0  # what normal() feeds to erfinv
-    z = math.sqrt(2) * torch.erfinv(u)
-    assert bool(torch.isfinite(z).all())
-    assert float(z.max()) > 5
-    assert torch.equal(z, -z.flip(0))
-    expected = special.ndtri((np.arange(2**23) + 0.5) / 2**23)
-    assert np.abs(z.numpy() - expected).max() < 2e-5
-    assert np.abs(z.numpy() / expected - 1).max() < 2e-5
+def test_every_possible_normal_is_finite_and_follows_the_quantile_function(monkeypatch):
+    for low in (0, 511):  # the bits below the 23 that count
+        words = (torch.arange(2**23) << 9 | low).to(torch.int32)
+        monkeypatch.setattr(Rng, "bits", lambda self, shape, words=words: words[None])
+        z = Rng(0).normal(words.shape)[0]
+        assert bool(torch.isfinite(z).all())
+        assert torch.equal(z, -z.flip(0))
+        expected = special.ndtri((np.arange(2**23) + 0.5) / 2**23)
+        assert np.abs(z.numpy() / expected - 1).max() < 2e-5
 
 
 def test_normal_uses_the_top_23_bits():
