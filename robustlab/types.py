@@ -85,7 +85,7 @@ class Tap:
     Attributes:
         site: the name of a layer (a unique dotted suffix is enough), or ``"input"``, or ``"features"`` (what the last
             linear layer is given).
-        fn: acts on the layer's output, its first input, or ``(args, kwargs)``; tensors arrive in float32.
+        fn: acts on the layer's output or its first input, which arrive in float32, or on ``(args, kwargs)`` as they are.
         where: ``"output"``, ``"input"`` or ``"kwargs"``.
     """
 

@@ -7,6 +7,7 @@ are looked at or saved."""
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robustlab.outer import Outer
-from robustlab.types import Alone, World
+from robustlab.types import Alone, UserError, World
 
 
 class Processes:
@@ -45,13 +46,21 @@ class Processes:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The processes that ``torchrun`` started, or a world of one."""
+    """The processes that ``torchrun`` started, or a world of one.
+
+    Raises:
+        UserError: another process has ended, so that this one cannot go on.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Processes()
+    except RuntimeError as error:  # both backends raise it, or a subclass, when another process has gone
+        if "onnection" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        raise UserError(f"process {dist.get_rank()}: another process of this run has ended; see what it said") from error
     finally:
         dist.destroy_process_group()
 
@@ -66,7 +75,9 @@ def local_device(device: torch.device) -> torch.device:
 def wrap(outer: Outer) -> None:
     """Send the losses that are differentiated through DistributedDataParallel, if there are several processes."""
     if outer.loss.world.size > 1:
-        outer.loss.wrapped = DistributedDataParallel(outer, broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters  # newer releases have another name for it
+        option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        outer.loss.wrapped = DistributedDataParallel(outer, **{option: False})
 
 
 def average_buffers(f: nn.Module, world: World) -> None:
