@@ -1,7 +1,7 @@
 """Taps: functions that act inside a forward pass, at a layer's output, input or keyword arguments.
 
 One mechanism serves latent attacks, manifold mixing, feature noise and feature capture. Hooks on a compiled model are silently
-ignored, so a tapped forward runs eager; functions of outputs and inputs see float32, since perturbations of 1e-5 vanish in bfloat16.
+ignored, so a tapped forward runs eager; functions of outputs and inputs see float32: bfloat16 would swallow a perturbation of 1e-5.
 """
 
 from __future__ import annotations

@@ -170,6 +170,32 @@ def test_a_joint_pass_shares_its_batch_statistics():
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
 
 
+# ------------------------------------------------------------------------------------------------------ the loss again
+
+
+@pytest.mark.parametrize("regularizer", [None, *entries("regularizer")])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_loss_can_be_evaluated_again(name, regularizer):
+    """Same shard, same value, dropout included; without ``stats`` nothing but the value comes of it."""
+    method = trainer(name, attack_bn="eval")
+    if regularizer:
+        inner = method.inner or trainer("pgd-at").inner
+        method = dataclasses.replace(method, inner=inner, regularizers=(config.build("regularizer", regularizer),))
+    f = net(dropout=0.3)
+    shard = only_inner(f, method)[0]
+    outer = outer_of(f, method).train()
+    before, state = snapshot(outer), torch.get_rng_state()
+    one, two = (outer.loss(shard, stats=False, sync=False)[0] for _ in range(2))
+    assert torch.equal(one, two)
+    assert_equal(before, snapshot(outer))
+    assert torch.equal(state, torch.get_rng_state())
+    three, _ = outer.loss(shard, stats=True, sync=False)
+    assert torch.equal(one, three)
+    assert updates(f) == len(set(method.bn_updates) & set(views_of(method)))
+    other = (shard[0], dataclasses.replace(shard[1], number=1))
+    assert not torch.equal(outer.loss(other, stats=False, sync=False)[0], one)
+
+
 # ------------------------------------------------------------------------------------------------------ cost, fidelity
 
 
