@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from robustlab.modes import ambient, bn_mode, unwrap
 from robustlab.rng import Rng
@@ -49,6 +50,13 @@ class Precise:
             return self.module(x)
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             return self.module(x).float()
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Forwards inside can be differentiated twice: compiled models run eager, attention takes its plain formula."""
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def paths(part: Any, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -156,12 +164,14 @@ class Outer(nn.Module):
     def forward(self, views: Views, rng: Rng, stats: bool) -> tuple[Tensor, Terms]:
         """The total loss () and its named terms."""
         forward = Forward(self.callee, views, rng.child("loss"), self.trainer, stats)
+        parts = (self.trainer.objective, *self.trainer.regularizers)
         terms: Terms = {}
-        for part in (self.trainer.objective, *self.trainer.regularizers):
-            for name, term in self.call(part, forward, views).items():
-                if name in terms:
-                    raise UserError(f"two losses name a term '{name}'; a regularizer stands twice?")
-                terms[name] = term
+        with twice_differentiable() if any(p.double_backward for p in parts) else contextlib.nullcontext():
+            for part in parts:
+                for name, term in self.call(part, forward, views).items():
+                    if name in terms:
+                        raise UserError(f"two losses name a term '{name}'; a regularizer stands twice?")
+                    terms[name] = term
         return total(terms), terms
 
     def commit(self) -> None:

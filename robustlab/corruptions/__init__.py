@@ -39,4 +39,5 @@ def corrupt(x: Tensor, name: str, severity: int, table: str = "cifar", seed: int
     tickets = torch.arange(len(x), device=x.device) if index is None else torch.as_tensor(index, device=x.device)
     if tickets.shape != (len(x),):
         raise UserError(f"index must name each of the {len(x)} images, got shape {tuple(tickets.shape)}")
-    return corruption(table=table)(x.float(), severity, Rng(seed).child("corruption", name).at(tickets))
+    severity = int(severity)
+    return corruption(table=table)(x.float(), severity, Rng(seed).child("corruption", name, severity).at(tickets))

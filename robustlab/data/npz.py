@@ -47,7 +47,12 @@ class Npz(Dataset):
         if "class_names" in arrays:
             names = [str(n) for n in arrays["class_names"].tolist()]
         else:
-            top = max((int(y.max()) for _, y in filter(None, pairs.values()) if len(y)), default=0)
+            given = [y for _, y in filter(None, pairs.values()) if len(y)]
+            top = max((int(y.max()) for y in given), default=0)
+            if self.num_classes is None and top >= sum(map(len, given)) + 1:
+                raise UserError(
+                    f"npz: {path}: the largest label is {top}, more than there are images; give num_classes if that is meant"
+                )
             names = [str(k) for k in range(self.num_classes or top + 1)]
         if self.num_classes not in (None, len(names)):
             raise UserError(f"npz: {path} names {len(names)} classes, but num_classes is {self.num_classes}")

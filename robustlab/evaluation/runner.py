@@ -64,7 +64,7 @@ def evaluate(
         data: tensors ``(x, y)``, a ``types.ImageSet`` or ``Splits`` (its test part), a torch Dataset of (image tensor, label)
             or a DataLoader that does not shuffle. Images float in [0, 1] or uint8. One batch at a time is held.
         suite: a part, a name, or a mapping with a name and fields.
-        threat: for suites that name no norms or no radii.
+        threat: for suites that name no norms or no radii; what a suite names wins.
         seed: of all draws; None takes the suite's, else 0.
         batch_size: images per attack call. No verdict of an attack that is not ``coupled`` depends on it (in exact arithmetic).
         device: where to compute; a module is moved there. None: where its parameters are.
@@ -82,21 +82,21 @@ def evaluate(
     """
     from robustlab import config
 
-    suite = config.build("suite", suite)
-    seed = seed if seed is not None else suite.seed if suite.seed is not None else 0
-    limit = num_examples if num_examples is not None else suite.num_examples
+    plan: Suite = config.build("suite", suite)
+    seed = seed if seed is not None else plan.seed if plan.seed is not None else 0
+    limit = num_examples if num_examples is not None else plan.num_examples
     for what, value in (("num_examples", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{what} must be at least 1, got {value}")
     if precision not in ("fp32", "bf16"):
         raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
-    threats = threats_of(suite, threat)
+    threats = threats_of(plan, threat)
     source = open_source(data)
     size = source.size if limit is None else min(limit, source.size or limit)
     where = _device(f, device)
     if device is not None and isinstance(f, nn.Module):
         f.to(where)
-    resolved = {"name": suite.name, "resolved": config.dump(suite)}
+    resolved = {"name": plan.name, "resolved": config.dump(plan)}
     header = {
         "ledger": 1,
         "model": model_hash(f),
@@ -115,9 +115,8 @@ def evaluate(
         contextlib.nullcontext() if out is None else exclusive(out),
         contextlib.closing(Ledger(path, header, resume=resume)) as ledger,
         frozen(f),
-        bn_mode(f, "eval"),
     ):
-        run = _Run(f, suite, threats, seed, precision, where, source.num_classes, ledger, size, progress)
+        run = _Run(f, plan, threats, seed, precision, where, source.num_classes, ledger, size, progress)
         for x, y in source.batches(batch_size, limit):
             run.batch(x, y)
         if run.seen == 0:
@@ -137,19 +136,15 @@ def evaluate(
 
 
 def threats_of(suite: Suite, threat: Threat | None) -> list[Threat]:
-    """The threat models of a suite's attacks: its norms times its radii, else the caller's, else the one its attacks agree on.
+    """The threat models of a suite's attacks: its norms times its radii, else those that all its attacks name, else the caller's.
 
     Raises:
         UserError: there are attacks and no threat model, an attack that does not know the norm, or one that names another.
     """
     if not suite.attacks:
         return []
-    norms = suite.norms or ((threat.norm,) if threat else ())
-    radii = suite.eps or ((threat.eps,) if threat else ())
-    if not norms or not radii:
-        own = {(a.norm, a.eps) for a in suite.attacks}
-        norm, eps = own.pop() if len(own) == 1 else (None, None)
-        norms, radii = norms or ((norm,) if norm else ()), radii or ((eps,) if eps is not None else ())
+    norms = suite.norms or _common([a.norm for a in suite.attacks]) or ((threat.norm,) if threat else ())
+    radii = suite.eps or _common([a.eps for a in suite.attacks]) or ((threat.eps,) if threat else ())
     if not norms or not radii:
         missing = " and ".join(name for name, given in (("norm", norms), ("eps", radii)) if not given)
         raise UserError(f"suite '{suite.name}': give {missing} of the threat model, for example --norm linf --eps 8/255")
@@ -165,6 +160,11 @@ def threats_of(suite: Suite, threat: Threat | None) -> list[Threat]:
                 own = f"{a.norm or t.norm} {t.eps if a.eps is None else a.eps:g}"
                 raise UserError(f"the attack '{a.name}' has its own threat model, {own}; the evaluation's is {t.norm} {t.eps:g}")
     return threats
+
+
+def _common(values: list[Any]) -> tuple[Any, ...]:
+    """The value, if all of them are that one; nothing if one is open or two differ."""
+    return (values[0],) if values[0] is not None and all(v == values[0] for v in values) else ()
 
 
 def model_hash(f: Any) -> str:
@@ -264,8 +264,8 @@ class _Run:
             seconds = self._clock() - start
             self._check_logits(z, y)
             if old is None:
-                verdict = (z.argmax(1) == y).tolist()
-                old = self._write(None, "clean", index.tolist(), verdict, len(x), 0, seconds, {"images": images})
+                right = (z.argmax(1) == y).tolist()
+                old = self._write(None, "clean", index.tolist(), right, len(x), 0, seconds, {"images": images})
         verdict = torch.tensor(old["verdict"], dtype=torch.bool)
         self.clean_rows += index[verdict].tolist()
         self._report(old, self.clean)
@@ -306,7 +306,7 @@ class _Run:
         counter, target = Counter(self._searching, unwrap(self.f)), one_hot(y, self.num_classes, self.dtype)
         start = self._clock()
         try:
-            with ambient(rng.batch_seed()), torch.enable_grad():
+            with ambient(rng.batch_seed()), bn_mode(self.f, "eval"), torch.enable_grad():
                 x_adv, info = with_threat(attack, threat).run(counter, x.clone(), target, rng)
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"the attack '{label}': {error}") from error
@@ -335,8 +335,8 @@ class _Run:
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
-        """Full precision, whatever the caller's autocast."""
-        with torch.autocast(self.device.type, enabled=False):
+        """Full precision and eval mode, whatever the caller's autocast and whatever an attack did to the modes."""
+        with torch.autocast(self.device.type, enabled=False), bn_mode(self.f, "eval"):
             return self.f(x)
 
     def _searching(self, x: Tensor) -> Tensor:

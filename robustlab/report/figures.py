@@ -13,7 +13,7 @@ from robustlab.types import UserError
 # Okabe and Ito's colours: told apart under the common kinds of colour blindness, and in print by the markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "robustlab",
     "svg.fonttype": "path",
     "font.size": 11,

@@ -268,7 +268,8 @@ def render(board: Board, found: list[Section]) -> str:
 
 
 def _records(folder: Path) -> list[tuple[Path, Record]]:
-    found, lines = [], []
+    found: list[tuple[Path, Record]] = []
+    lines: list[str] = []
     for path in sorted((folder / ENTRIES).glob("*.json")):
         try:
             found.append((path, read_record(path)))
@@ -326,12 +327,12 @@ def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: f
         trainer=r.model.trainer,
         fidelity=r.model.fidelity,
         clean=r.metrics.clean.accuracy,
-        robust=t and t.robust_accuracy,
-        low=t and t.interval[0],
-        high=t and t.interval[1],
+        robust=None if t is None else t.robust_accuracy,
+        low=None if t is None else t.interval[0],
+        high=None if t is None else t.interval[1],
         n=r.data.n,
-        norm=t and t.norm,
-        eps=t and t.eps,
+        norm=None if t is None else t.norm,
+        eps=None if t is None else t.eps,
         corruption=corruption,
         forwards=cost.forwards_per_sample,
         backwards=cost.backwards_per_sample,

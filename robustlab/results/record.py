@@ -132,7 +132,7 @@ class Provenance(_Strict):
 class Record(_Strict):
     """One model under one suite."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     model: ModelInfo
     data: DataInfo
     threat: ThreatInfo | None

@@ -227,3 +227,9 @@ def test_kernels():
 
 def test_at_severity_counts_from_one():
     assert [at_severity("abcde", s) for s in range(1, 6)] == list("abcde")
+
+
+def test_corrupt_is_what_a_suite_draws():
+    x = torch.rand(3, 1, 8, 8)
+    rng = Rng(5).child("corruption", "gaussian_noise", 2).at(torch.arange(3))
+    assert torch.equal(corrupt(x, "gaussian_noise", 2, seed=5), lookup("corruption", "gaussian_noise")()(x, 2, rng))

@@ -539,7 +539,8 @@ def test_npz_fingerprint_does_not_depend_on_the_form(tmp_path):
         ({"x_train": np.zeros((30, 6, 5, 2), np.uint8)}, "neither end has 1 or 3 channels"),
         ({"x_train": np.zeros((30, 90), np.uint8)}, "expected (N, H, W, C), (N, C, H, W) or (N, H, W), got (30, 90)"),
         ({"class_names": np.array(["a", "b"])}, "labels must lie in 0..1, got 0..3"),
-        ({"x_train": np.array([{}] * 30)}, "damaged one"),
+        ({"x_train": np.array([{}] * 30)}, "it holds pickled objects"),
+        ({"y_train": np.arange(30) * 10**15}, "the largest label is 29000000000000000, more than there are images"),
     ],
 )
 def test_npz_mistakes(tmp_path, change, line):

@@ -294,6 +294,27 @@ def test_the_model_is_left_as_it_was(net):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_an_attack_that_changes_the_mode_gains_nothing(net):
+    """In train mode dropout and the batch's statistics would change most answers."""
+    f, x, y = net
+
+    def disturb(self, g, x, y, rng):
+        f.train()
+        return x, {}
+
+    modes = []
+    look = attack("look", lambda self, g, x, y, rng: (modes.append(f.training), (x, {}))[1])
+    result = evaluate(f.eval(), (x, y), make_suite(attack("disturb", disturb), look), threat=LINF)
+    assert torch.equal(result.robust, result.clean)
+    assert modes == [False]
+    assert not f.training
+    f.train()
+    before = {k: v.clone() for k, v in f.state_dict().items()}
+    assert torch.equal(evaluate(f, (x, y), make_suite()).clean, result.clean)
+    assert f.training
+    assert all(torch.equal(v, before[k]) for k, v in f.state_dict().items())
+
+
 def test_batch_size_changes_no_verdict(net):
     f, x, y = net
     suite = make_suite(NOISE, WORST)
@@ -769,11 +790,13 @@ def test_bad_settings_are_one_line(linear):
 def test_the_threat_may_come_from_the_attacks():
     given = dataclasses.replace(WORST, norm="l1", eps=0.25)
     assert threats_of(make_suite(given, given), None) == [Threat("l1", 0.25)]
+    assert threats_of(make_suite(given, given), LINF) == [Threat("l1", 0.25)]
     assert threats_of(make_suite(given, WORST), Threat("l1", 0.25)) == [Threat("l1", 0.25)]
     with pytest.raises(UserError, match=r"'worst' has its own threat model, l1 0\.25; the evaluation's is linf 0\.1"):
-        threats_of(make_suite(given, given), LINF)
+        threats_of(make_suite(WORST, given), LINF)
     with pytest.raises(UserError, match=r"own threat model, linf 0\.2; the evaluation's is linf 0\.1"):
-        threats_of(make_suite(dataclasses.replace(WORST, eps=0.2)), LINF)
+        threats_of(make_suite(dataclasses.replace(WORST, eps=0.2), WORST), LINF)
+    assert threats_of(make_suite(dataclasses.replace(WORST, eps=0.2)), LINF) == [Threat("linf", 0.2)]
     assert threats_of(make_suite(WORST, eps=(0.1, 0.2)), Threat("l2", 3.0)) == [Threat("l2", 0.1), Threat("l2", 0.2)]
     with pytest.raises(UserError, match="give norm and eps"):
         threats_of(make_suite(given, WORST), None)
