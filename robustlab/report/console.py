@@ -43,7 +43,7 @@ def terms_text(event: dict[str, Any]) -> str:
 
 
 def accuracies_text(event: dict[str, Any], attack: str) -> str:
-    parts = [f"clean {event['val_clean']:.1%}"] if "val_clean" in event else []
+    parts = [f"val clean {event['val_clean']:.1%}"] if "val_clean" in event else []
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
 
 
