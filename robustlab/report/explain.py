@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from robustlab import geometry
-from robustlab.config import a, describe, dump, type_hints
+from robustlab.config import a, describe, dump, spoken, type_hints
 from robustlab.registry import FOLDERS, entries, nearest
 from robustlab.types import Attack, Part, Trainer, UserError, is_part
 
@@ -61,7 +61,7 @@ def explain(cls: type[Part], width: int = 100) -> str:
     description, notes = _split(inspect.cleandoc(cls.__doc__ or ""))
     module = inspect.getmodule(cls)
     details = inspect.cleandoc((module.__doc__ if module else "") or "")
-    lines = [f"{cls.name}, {a(_spoken(cls.kind))}", "", *_indent(reflow(description, width - 2))]
+    lines = [f"{cls.name}, {a(spoken(cls.kind))}", "", *_indent(reflow(description, width - 2))]
     if details:
         lines += ["", "  details", *_indent(reflow(details, width - 4), "    ")]
     fields = _fields(cls, notes)
@@ -70,19 +70,15 @@ def explain(cls: type[Part], width: int = 100) -> str:
         column = max(len(name) for name, *_ in fields)
         for name, kind, default, note in fields:
             lines.append(f"    {name:<{column}}  {kind} ({f'default {default}' if default else 'required'})")
-            lines += [f"    {'':<{column}}  {part}" for part in textwrap.wrap(_plain(note), max(40, width - column - 6))]
+            lines += [f"    {'':<{column}}  {part}" for part in _fill(_plain(note), max(40, width - column - 6))]
     if issubclass(cls, Trainer) and all(_has_default(f) for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
         lines += ["", "  parts", *_parts(cls(), "    ")]
-    facts = {"use": _USE[cls.kind].format(name=cls.name)}
+    facts = {"use": _USE[cls.kind].format(name=f"{cls.name}:ARCH" if "arch" in type_hints(cls) else cls.name)}
     if issubclass(cls, Trainer):
         facts |= {"cost": f"{cls.passes} per sample and step", "fidelity": cls.fidelity}
     facts |= {"source": cls.cite, "code": f"{cls.__module__}.{cls.__qualname__}"}
     lines += ["", *(f"  {word:<8}  {fact}" for word, fact in facts.items() if fact)]
     return "\n".join(lines)
-
-
-def _spoken(kind: str) -> str:
-    return {"dataset": "data set", "gradient": "gradient rule", "averaging": "averaging of weights"}.get(kind, kind)
 
 
 def reflow(text: str, width: int) -> list[str]:
@@ -92,13 +88,17 @@ def reflow(text: str, width: int) -> list[str]:
         rows = block.splitlines()
         if rows[0].startswith("- "):
             for item in re.split(r"\n(?=- )", block):
-                lines += textwrap.wrap(" ".join(item.split()), width, subsequent_indent="  ")
+                lines += _fill(" ".join(item.split()), width, subsequent_indent="  ")
         elif any(row.startswith(" ") for row in rows):
             lines += rows
         else:
-            lines += textwrap.wrap(" ".join(rows), width)
+            lines += _fill(" ".join(rows), width)
         lines.append("")
     return lines[:-1]
+
+
+def _fill(text: str, width: int, subsequent_indent: str = "") -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=subsequent_indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _plain(text: str) -> str:
