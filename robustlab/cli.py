@@ -173,7 +173,7 @@ def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with 
     from robustlab.results import leaderboard
 
     written = commands.build_board(folder)
-    shown = leaderboard.sections(folder)
+    shown = [section for section in leaderboard.sections(folder) if section.series is None]
     if shown:
         console.out.print(leaderboard_table(shown[0].heading, [dataclasses.asdict(row) for row in shown[0].rows]))
     for path in written:
