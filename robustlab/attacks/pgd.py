@@ -89,7 +89,7 @@ class PGD(Attack):
             if norm == "l1":
                 x_k = geometry.linear_max(g, x_k.clamp(0, 1), norm, alpha)
             else:
-                x_k = x_k + alpha * geometry.steepest(g, norm)
+                x_k = x_k.add(geometry.steepest(g, norm), alpha=alpha)
             x_k = geometry.project(x_k, x, norm, eps)
         if not self._compares:
             nothing = torch.zeros(len(x), device=x.device)
