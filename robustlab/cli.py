@@ -300,6 +300,8 @@ def run(args: list[str] | None = None) -> int:
     lines: tuple[str, ...]
     try:
         result: Any = app(args=args, standalone_mode=False)
+        if result == 130:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
