@@ -177,7 +177,7 @@ def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with 
     from robustlab.results import leaderboard
 
     written = commands.build_board(folder)
-    shown = leaderboard.sections(folder)
+    shown = [section for section in leaderboard.sections(folder) if section.series is None]
     if shown:
         console.out.print(leaderboard_table(shown[0].heading, [dataclasses.asdict(row) for row in shown[0].rows]))
     for path in written:
@@ -301,6 +301,8 @@ def run(args: list[str] | None = None) -> int:
     lines: tuple[str, ...]
     try:
         result: Any = app(args=args, standalone_mode=False)
+        if result == 130:  # typer's word for Ctrl-C
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except typer.Exit as stop:
         return stop.exit_code

@@ -76,6 +76,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
     splits = config.data.load()
+    for split in ("train", "validation"):
+        if len(getattr(splits, split)) == 0:
+            raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
     config = dataclasses.replace(config, model=complete_model(config.model, splits))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(Rng(config.seed).child("init").key % 2**63)

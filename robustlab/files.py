@@ -36,6 +36,13 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
             scratch.unlink()
 
 
+def sweep(folder: str | Path) -> None:
+    """Remove what a killed process left half-written in a folder that this process holds."""
+    for scratch in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write a value as indented JSON, atomically; NaN and infinity are refused."""
     atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlab.config import Config, dump
+from robustlab.files import sweep
 from robustlab.outer import Outer, context_of
 from robustlab.rng import Rng
 from robustlab.training import distributed
@@ -96,6 +97,8 @@ def fit(
         meta = load_state(state_path, outer, optimizer)
         check_same(config, meta["config"], state_path)
         start, best, metrics, seen = meta["epoch"], meta["best"], meta["metrics"], meta["metrics_bytes"]
+    if world.rank == 0:
+        sweep(folder)
     distributed.wrap(outer)
     if t.compile:
         f.compile()

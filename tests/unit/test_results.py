@@ -211,3 +211,15 @@ def test_the_reference_autoattack_through_the_evaluator():
 
 def test_record_is_documented_by_its_schema():
     assert Record.model_json_schema()["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.02), ("l2", 0.15), ("l1", 1.0)])
+def test_gaussians_agree_with_the_closed_form(norm, eps):
+    """10,000 images, the Bayes classifier, PGD-20: clean and robust accuracy lie within the interval of the measurement."""
+    part = config.build("dataset", "gaussians")
+    splits = part.load()
+    result = evaluate(part.bayes_classifier(), splits, "pgd-20", threat=Threat(norm, eps), batch_size=1000)
+    assert result.n == 10_000
+    assert result.clean_interval[0] <= part.bayes_robust_accuracy(norm, 0.0) <= result.clean_interval[1]
+    assert result.interval[0] <= part.bayes_robust_accuracy(norm, eps) <= result.interval[1]
+    assert 0.9 < result.robust_accuracy < 0.99

@@ -1,0 +1,76 @@
+"""Real command lines in processes of their own, forked from a warm one: an import of torch costs more than a run here."""
+
+import multiprocessing
+import os
+import pkgutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import robustlab
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    [
+        *(m.name for m in pkgutil.walk_packages(robustlab.__path__, "robustlab.") if not m.name.endswith("__main__")),
+        *("torch._dynamo", "sklearn.datasets", "filelock"),  # what a run imports late
+    ]
+)
+
+
+def _main(args, log, env, prepare):
+    os.environ.update(env)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    if prepare is not None:
+        prepare()
+    from robustlab import cli
+
+    sys.exit(cli.run(args))
+
+
+class Command:
+    """``robustlab ARGS`` in a process; ``prepare`` is called in it first, ``log`` takes what it says."""
+
+    def __init__(self, args, log, env=None, prepare=None):
+        self.log = Path(log)
+        self.log.unlink(missing_ok=True)
+        self.process = context.Process(target=_main, args=([str(a) for a in args], str(log), dict(env or {}), prepare))
+        self.process.start()
+
+    def wait(self, seconds=120):
+        """The exit code; minus the signal's number after a kill."""
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"still running after {seconds} s: {self.said()}")
+        return self.process.exitcode
+
+    def kill(self, number=signal.SIGKILL):
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def wait_for(self, condition, seconds=60):
+        """Until ``condition()`` holds, or the process has ended."""
+        end = time.monotonic() + seconds
+        while not condition() and self.process.is_alive() and time.monotonic() < end:
+            time.sleep(0.002)
+        assert condition(), self.said()
+
+    def said(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ranks(size):
+    """The environment that torchrun would give each of ``size`` processes."""
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    return [{**shared, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)]
