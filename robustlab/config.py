@@ -360,11 +360,11 @@ def _is_file(path: Path) -> bool:
 
 def _near_file(path: Path) -> str:
     try:
-        names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+        names = {p.stem: p for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml") and p.name != path.name}
     except (OSError, ValueError):
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
+    close = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def merge(base: Node, over: Node) -> Node:
