@@ -62,6 +62,9 @@ def train(
         )
         return
     folder = out or commands.default_out(config)
+    if _first_process():
+        threat = f"{run.threat.norm} {run.threat.eps:.4g}"
+        console.err.print(f"{run.trainer.name}: {run.model.name} on {run.data.name}, {threat}; writes {folder}", markup=False)
     with console.TrainingScreen(run.training.probe.steps) as screen:
         outcome = commands.train(
             run,
@@ -82,6 +85,7 @@ def train(
     for label, metrics in (("best", outcome.best), ("last", outcome.metrics)):
         line = console.accuracies_text(metrics, attack)
         console.out.print(f"{label}  epoch {metrics['epoch']:>3}  {line}  {folder / label}.safetensors", markup=False)
+    console.err.print(f"next: robustlab evaluate {folder / 'best.safetensors'}", markup=False)
 
 
 def _first_process() -> bool:
@@ -173,7 +177,7 @@ def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with 
     from robustlab.results import leaderboard
 
     written = commands.build_board(folder)
-    shown = leaderboard.sections(folder)
+    shown = [section for section in leaderboard.sections(folder) if section.series is None]
     if shown:
         console.out.print(leaderboard_table(shown[0].heading, [dataclasses.asdict(row) for row in shown[0].rows]))
     for path in written:
@@ -206,17 +210,13 @@ def list_(kind: Annotated[str, typer.Argument(help="attacks, trainers, models, d
     from robustlab.report import console
     from robustlab.types import Trainer
 
-    rows = []
-    for name, cls in entries(kind_of(kind)).items():
-        extra = [cls.fidelity, cls.passes] if issubclass(cls, Trainer) else []
-        rows.append([name, summary(cls), *extra, cls.cite])
-    more = ["fidelity", "passes per sample"] if kind_of(kind) == "trainer" else []
-    if console.out.is_terminal:
-        console.out.print(console.table("", ["name", "what it is", *more, "source"], rows))
+    named = entries(kind_of(kind))
+    if kind_of(kind) == "trainer":
+        columns = ["name", "what it is", "passes per sample", "fidelity"]
+        rows = [[n, summary(c), c.passes, c.fidelity] for n, c in named.items() if issubclass(c, Trainer)]
     else:
-        width = max((len(r[0]) for r in rows), default=0)
-        for name, *rest in rows:
-            console.out.print(f"{name:<{width}}  {'  |  '.join(r for r in rest if r)}", markup=False)
+        columns, rows = ["name", "what it is", "source"], [[n, summary(c), c.cite] for n, c in named.items()]
+    console.out.print(console.table("", columns, rows) if console.out.is_terminal else console.columns(columns, rows), markup=False)
 
 
 @app.command()
@@ -226,7 +226,8 @@ def explain(name: Annotated[str, typer.Argument(help="The name of anything that 
     from robustlab.report.explain import explain as text
     from robustlab.report.explain import find
 
-    console.out.print("\n\n".join(text(cls) for cls in find(name)), markup=False)
+    width = min(console.out.width, 100) if console.out.is_terminal else 100
+    console.out.print("\n\n\n".join(text(cls, width) for cls in find(name)), markup=False)
 
 
 @app.command()
@@ -283,7 +284,7 @@ def init(
     target = out or Path(f"{wanted.rsplit('/', 1)[-1]}.yaml")
     if target.exists():
         raise UserError(f"{target}: exists already; choose another name with --out")
-    atomic_write(target, known[wanted].read_text())
+    atomic_write(target, known[wanted].read_text().replace(f"configs/{wanted}.yaml", str(target)))
     console.out.print(f"wrote {target}; next: robustlab train {target}", markup=False)
 
 

@@ -360,11 +360,11 @@ def _is_file(path: Path) -> bool:
 
 def _near_file(path: Path) -> str:
     try:
-        names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
+        names = {p.stem: p for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml") and p.name != path.name}
     except (OSError, ValueError):
         return ""
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return f" (did you mean '{path.parent / close[0]}'?)" if close else ""
+    close = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
+    return f" (did you mean '{names[close[0]]}'?)" if close else ""
 
 
 def merge(base: Node, over: Node) -> Node:
@@ -487,14 +487,16 @@ class _Builder:
         if isinstance(fields, str):
             fields = {"name": node}
         if not isinstance(fields, dict):
-            self.fail(node, path, f"expected the name of {a(kind)} or a mapping with one, got {_shape(node)}")
+            self.fail(node, path, f"expected the name of {a(spoken(kind))} or a mapping with one, got {_shape(node)}")
             return None
         extra: dict[str, Any] = {}
         if cls is None:
             if "name" in fields:
                 named = fields["name"]
                 if not isinstance(named.value, str):
-                    self.fail(named, f"{path}.name" if path else "name", f"expected the name of {a(kind)}, got {_shape(named)}")
+                    self.fail(
+                        named, f"{path}.name" if path else "name", f"expected the name of {a(spoken(kind))}, got {_shape(named)}"
+                    )
                     return None
                 name, colon, arch = named.value.partition(":")
                 try:
@@ -742,7 +744,7 @@ def describe(hint: Any) -> str:
             return f"a list of {_many(args[0])}"
         return f"a list of {len(args)}: " + ", ".join(describe(a) for a in args)
     if isinstance(hint, type) and issubclass(hint, Part):
-        return a(hint.kind)
+        return a(spoken(hint.kind))
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return "a mapping"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
@@ -760,6 +762,11 @@ def _many(hint: Any) -> str:
         noun = _WORDS[bare].removeprefix("a ")
         return one.removeprefix("a ").replace(noun, f"{noun}s", 1)
     return one
+
+
+def spoken(kind: str) -> str:
+    """What a kind is called in a sentence."""
+    return {"dataset": "data set", "gradient": "gradient rule", "averaging": "averaging of weights"}.get(kind, kind)
 
 
 def a(word: str) -> str:

@@ -86,7 +86,7 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     """
     d = x - x0
     if norm == "linf":
-        return (x0 + d.clamp(-eps, eps)).clamp(0.0, 1.0)
+        return (x0 + d.clamp_(-eps, eps)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
     if norm == "l2":
         inside = norm_of(d, "l2") <= eps
         boxed = x.clamp(0.0, 1.0)  # enough inside the ball: the box lies around x0, so clamping cannot leave the ball

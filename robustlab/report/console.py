@@ -29,6 +29,7 @@ def bar() -> Progress:
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         _Speed(),
+        TextColumn("eta"),
         TimeRemainingColumn(compact=True),
         TextColumn("[dim]{task.fields[note]}"),
     )
@@ -43,7 +44,7 @@ def terms_text(event: dict[str, Any]) -> str:
 
 
 def accuracies_text(event: dict[str, Any], attack: str) -> str:
-    parts = [f"clean {event['val_clean']:.1%}"] if "val_clean" in event else []
+    parts = [f"val clean {event['val_clean']:.1%}"] if "val_clean" in event else []
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
 
 
@@ -82,8 +83,8 @@ class TrainingScreen:
             return
         if self._task is None:
             self._task = self._bar.add_task("", total=total, completed=done - 1, note="")
-        terms = " ".join(f"{k} {float(v):.3f}" for k, v in event["terms"].items()) if event["step"] % 5 == 1 else None
-        self._terms = terms if terms is not None else self._terms
+        if event["step"] % 5 == 1:
+            self._terms = terms_text({k: float(v) for k, v in event["terms"].items()})
         note = f"{self._terms}  {self._note}"
         self._bar.update(self._task, completed=done, description=f"epoch {event['epoch'] + 1}/{event['epochs']}", note=note)
 
@@ -169,6 +170,13 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}"
     return f"{whole // 60}m{whole % 60:02d}" if whole >= 60 else f"{whole}s"
+
+
+def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned text, one line a row and never folded: for files and pipes, where :func:`table` would fold at an assumed width."""
+    grid = [names, *rows]
+    widths = [max(len(row[i]) for row in grid) for i in range(len(names))]
+    return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
-from robustlab.config import describe, dump, type_hints
+from robustlab import geometry
+from robustlab.config import a, describe, dump, spoken, type_hints
 from robustlab.registry import FOLDERS, entries, nearest
-from robustlab.types import Part, Trainer, UserError, is_part
+from robustlab.types import Attack, Part, Trainer, UserError, is_part
 
 # the order in which parts of one name are explained
 _ORDER = ("trainer", "attack", *[k for k in FOLDERS if k not in ("trainer", "attack")])
@@ -31,32 +34,80 @@ def find(name: str) -> list[type[Part]]:
     return found
 
 
-def explain(cls: type[Part]) -> str:
-    """A part as text: heading, mathematics, description, fields with type and default, and for trainers the composition."""
-    article = "an" if cls.kind[0] in "aeiou" else "a"
-    lines = [f"{cls.name}: {article} {cls.kind}", f"  {cls.__module__}.{cls.__qualname__}"]
-    if cls.cite:
-        lines.append(f"  {cls.cite}")
-    if issubclass(cls, Trainer):
-        lines += [f"  fidelity: {cls.fidelity}", f"  cost per sample and step: {cls.passes}"]
-    module = inspect.getmodule(cls)
-    lines += ["", *_indent(inspect.cleandoc(module.__doc__ or "") if module else "")]
+_USE = {
+    "trainer": "trainer: {name}",
+    "model": "model: {name}",
+    "dataset": "data: {name}",
+    "optimizer": "optimizer: {name}",
+    "schedule": "schedule: {name}, or in place of a number inside the trainer",
+    "stage": "trainer.inner: [{name}, ...]",
+    "attack": "trainer.inner.craft.attack: {name}, or a suite's attacks: [{name}, ...]",
+    "objective": "trainer.objective: {name}",
+    "regularizer": "trainer.regularizers: [{name}, ...]",
+    "gradient": "trainer.gradient: {name}",
+    "averaging": "trainer.averaging: {name}",
+    "suite": "robustlab evaluate MODEL --suite {name}",
+    "corruption": "a suite's corruptions: [{name}, ...]",
+}
+
+
+def explain(cls: type[Part], width: int = 100) -> str:
+    """A part as text: what it does, its mathematics, its fields with type and default, for trainers the composition, its source.
+
+    Args:
+        cls: the part.
+        width: of the text, in characters; formulas are never broken.
+    """
     description, notes = _split(inspect.cleandoc(cls.__doc__ or ""))
-    lines += ["", *_indent(description)]
+    module = inspect.getmodule(cls)
+    details = inspect.cleandoc((module.__doc__ if module else "") or "")
+    lines = [f"{cls.name}, {a(spoken(cls.kind))}", "", *_indent(reflow(description, width - 2))]
+    if details:
+        lines += ["", "  details", *_indent(reflow(details, width - 4), "    ")]
     fields = _fields(cls, notes)
     if fields:
         lines += ["", "  fields"]
-        width = max(len(name) for name, *_ in fields)
+        column = max(len(name) for name, *_ in fields)
         for name, kind, default, note in fields:
-            lines.append(f"    {name:<{width}}  {kind}; default {default}" if default else f"    {name:<{width}}  {kind}; required")
-            lines += [f"    {'':<{width}}  {part}" for part in _wrap(note, 100 - width)]
+            lines.append(f"    {name:<{column}}  {kind} ({f'default {default}' if default else 'required'})")
+            lines += [f"    {'':<{column}}  {part}" for part in _fill(_plain(note), max(40, width - column - 6))]
     if issubclass(cls, Trainer) and all(_has_default(f) for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
         lines += ["", "  parts", *_parts(cls(), "    ")]
+    facts = {"use": _USE[cls.kind].format(name=f"{cls.name}:ARCH" if "arch" in type_hints(cls) else cls.name)}
+    if issubclass(cls, Trainer):
+        facts |= {"cost": f"{cls.passes} per sample and step", "fidelity": cls.fidelity}
+    facts |= {"source": cls.cite, "code": f"{cls.__module__}.{cls.__qualname__}"}
+    lines += ["", *(f"  {word:<8}  {fact}" for word, fact in facts.items() if fact)]
     return "\n".join(lines)
 
 
-def _indent(text: str) -> list[str]:
-    return [f"  {line}".rstrip() for line in text.splitlines()]
+def reflow(text: str, width: int) -> list[str]:
+    """Paragraphs and lists filled to a width; indented blocks, which are formulas, as they stand."""
+    lines: list[str] = []
+    for block in re.split(r"\n\s*\n", _plain(text).strip("\n")):
+        rows = block.splitlines()
+        if rows[0].startswith("- "):
+            for item in re.split(r"\n(?=- )", block):
+                lines += _fill(" ".join(item.split()), width, subsequent_indent="  ")
+        elif any(row.startswith(" ") for row in rows):
+            lines += rows
+        else:
+            lines += _fill(" ".join(rows), width)
+        lines.append("")
+    return lines[:-1]
+
+
+def _fill(text: str, width: int, subsequent_indent: str = "") -> list[str]:
+    return textwrap.wrap(text, width, subsequent_indent=subsequent_indent, break_on_hyphens=False, break_long_words=False)
+
+
+def _plain(text: str) -> str:
+    """Names between single quotes, and configurations' word for None."""
+    return re.sub(r"\bNone\b", "null", re.sub(r"``([^`]*)``", r"'\1'", text))
+
+
+def _indent(lines: Iterable[str], pad: str = "  ") -> list[str]:
+    return [f"{pad}{line}".rstrip() for line in lines]
 
 
 def _split(doc: str) -> tuple[str, dict[str, str]]:
@@ -87,12 +138,18 @@ def _has_default(f: Any) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
 
 
+def _default(f: Any) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
 def _fields(cls: type[Part], notes: dict[str, str]) -> list[tuple[str, str, str, str]]:
     hints, notes = type_hints(cls), _inherited_notes(cls) | notes
     out = []
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        default = f.default if f.default is not dataclasses.MISSING else ""
-        out.append((f.name, describe(hints[f.name]), short(default) if _has_default(f) else "", notes.get(f.name, "")))
+        kind = describe(hints[f.name])
+        if f.name == "norm" and issubclass(cls, Attack):
+            kind = kind.replace(", ".join(geometry.NORMS), ", ".join(cls.norms))
+        out.append((f.name, kind, short(_default(f)) if _has_default(f) else "", notes.get(f.name, "")))
     return out
 
 
@@ -104,11 +161,8 @@ def short(value: Any) -> str:
         return getattr(value, "name", "") or type(value).__name__
     if isinstance(value, float):
         return f"{value:g}"
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    words: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _parts(part: Any, pad: str) -> list[str]:
@@ -124,9 +178,3 @@ def _parts(part: Any, pad: str) -> list[str]:
             lines.append(f"{pad}{f.name}: {item.name} {shown}".rstrip() + f"   [{type(item).__module__}]")
             lines += _parts(item, pad + "  ")
     return lines
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, max(40, width))

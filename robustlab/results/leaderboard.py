@@ -36,7 +36,7 @@ TEMPLATE = """\
 
 {{ board.note | trim }}
 {% endif %}
-{% for s in sections %}
+{% for s in ranked %}
 
 ## {{ s.heading }}
 
@@ -51,7 +51,26 @@ TEMPLATE = """\
 | {{ r.forwards | count }} | {{ r.backwards | count }} | {{ r.seconds | count }} | {{ r.links }} |
 {% endfor %}
 {%- endfor %}
-{% if not sections %}
+{% for w in sweeps %}
+
+## {{ w.heading }}
+
+{{ w.facts }}
+{% if curve %}
+
+![accuracy against the radius]({{ curve }})
+{% endif %}
+
+| model | clean % |{% for r in w.radii %} {{ r }} |{% endfor %}
+
+|---|---:|{% for r in w.radii %}---:|{% endfor %}
+
+{% for r in w.rows -%}
+| {{ r.model | cell }} | {{ r.clean | percent }} |{% for c in r.cells %} {{ c | percent }} ({{ c | interval }}) |{% endfor %}
+
+{% endfor %}
+{%- endfor %}
+{% if not ranked and not sweeps %}
 
 No records yet.
 {% endif %}
@@ -95,11 +114,31 @@ class Row:
 
 @dataclass
 class Section:
-    """Rows that rank together."""
+    """Rows that rank together. ``series`` names what sections of a suite with several radii have in common."""
 
     heading: str
     facts: str
     rows: list[Row]
+    series: str | None = None
+
+
+@dataclass
+class SweepRow:
+    """One model over several radii; ``cells`` are its rows, None where it was not scored."""
+
+    model: str
+    clean: float
+    cells: list[Row | None]
+
+
+@dataclass
+class Sweep:
+    """Sections of one suite that differ in the radius, side by side."""
+
+    heading: str
+    facts: str
+    radii: list[str]
+    rows: list[SweepRow]
 
 
 @dataclass(frozen=True)
@@ -125,7 +164,8 @@ def build(board_dir: str | Path) -> tuple[Path, Path]:
     folder = Path(board_dir)
     board, found = read_board(folder), sections(folder)
     markdown, table = folder / "index.md", folder / "index.csv"
-    atomic_write(markdown, render(board, found))
+    curve = "curve.png" if (folder / "curve.png").exists() else None
+    atomic_write(markdown, render(board, found, curve))
     atomic_write(table, _csv(found))
     return markdown, table
 
@@ -225,7 +265,29 @@ def sections(board_dir: str | Path) -> list[Section]:
         rows = [_row(folder, path, r, t, corruption.get((_model(r), _data(r))), ambiguous) for path, r, t in groups[key]]
         rows = _rank(_worst(rows))
         _, first, threat = groups[key][0]
-        out.append(Section(_heading(first, threat), _facts(first, threat, key in _variants(groups)), rows))
+        swept = all(len(r.metrics.threats) > 1 for _, r, _ in groups[key])
+        series = _canonical([*key[0], *key[1:4], key[5]]) if swept else None
+        out.append(Section(_heading(first, threat), _facts(first, threat, key in _variants(groups)), rows, series))
+    return out
+
+
+def sweeps(found: list[Section]) -> list[Sweep]:
+    """The sections with a series, one table a series: models by mean accuracy, a column for each radius."""
+    series: dict[str, list[Section]] = {}
+    for section in found:
+        if section.series is not None:
+            series.setdefault(section.series, []).append(section)
+    out = []
+    for group in series.values():
+        by_radius = [{row.model: row for row in section.rows} for section in group]
+        first = group[0].rows[0]
+        models = {row.model: row.clean for section in group for row in section.rows}
+        rows = [SweepRow(name, clean, [rows.get(name) for rows in by_radius]) for name, clean in models.items()]
+        rows.sort(key=lambda r: (-sum(c.robust or 0.0 for c in r.cells if c) / len(r.cells), r.model))
+        heading = f"{first.data.split('/')[0]}, {first.norm}, {first.suite}" + (
+            "" if first.precision == "fp32" else f", {first.precision}"
+        )
+        out.append(Sweep(heading, group[0].facts, [section.rows[0].radius for section in group], rows))
     return out
 
 
@@ -250,18 +312,19 @@ def format_eps(eps: float, norm: str | None = None) -> str:
     return f"{k}/255"
 
 
-def render(board: Board, found: list[Section]) -> str:
-    """The board as Markdown."""
+def render(board: Board, found: list[Section], curve: str | None = None) -> str:
+    """The board as Markdown; ``curve`` is a figure that stands beside it."""
     from jinja2 import Environment, StrictUndefined
 
     env = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False, keep_trailing_newline=True)
     env.filters.update(
         cell=lambda v: "-" if v is None else re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(v).split())),
-        percent=lambda v: "-" if v is None else f"{100 * v:.2f}",
+        percent=lambda v: "-" if v is None else f"{100 * (v.robust if isinstance(v, Row) else v):.2f}",
         count=lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
-        interval=lambda r: "-" if r.low is None else f"{100 * r.low:.2f} - {100 * r.high:.2f}",
+        interval=lambda r: "-" if r is None or r.low is None else f"{100 * r.low:.2f} - {100 * r.high:.2f}",
     )
-    return env.from_string(TEMPLATE).render(board=board, sections=found)
+    ranked = [s for s in found if s.series is None]
+    return env.from_string(TEMPLATE).render(board=board, ranked=ranked, sweeps=sweeps(found), curve=curve)
 
 
 # ------------------------------------------------------------------------------------------------------------ private

@@ -364,3 +364,21 @@ def test_a_figure_of_nothing_or_of_a_mixture_is_refused(tmp_path):
 
 def test_the_default_title_is_the_folders(tmp_path):
     assert leaderboard.read_board(tmp_path).title == f"Leaderboard: {tmp_path.name}"
+
+
+def test_a_suite_with_several_radii_is_one_table_with_a_column_each(tmp_path):
+    weak, strong = record("weak", (60, 10), eps=(0.05, 0.1)), record("strong", (90, 50), eps=(0.05, 0.1))
+    folder = board(tmp_path, weak, strong, record("other", 70, suite__name="pgd-20"))
+    found = sections(folder)
+    (sweep,) = leaderboard.sweeps(found)
+    assert sweep.radii == ["0.05", "0.1"]
+    assert [(r.model, [c.robust for c in r.cells]) for r in sweep.rows] == [
+        ("strong", [90 / 128, 50 / 128]),
+        ("weak", [60 / 128, 10 / 128]),
+    ]
+    text = build(folder)[0].read_text()
+    assert "| model | clean % | 0.05 | 0.1 |" in text
+    assert text.count("| rank |") == 1  # the other suite has its own, ranked table
+    assert "curve.png" not in text
+    (folder / "curve.png").touch()
+    assert "![accuracy against the radius](curve.png)" in build(folder)[0].read_text()
