@@ -390,7 +390,7 @@ def strategy(hint) -> st.SearchStrategy:
         below = min([m.lt for m in args[1:] if isinstance(m, annotated_types.Lt)], default=None)
         if args[0] is int:
             return st.integers(low if low is not None else -(2**62), high if high is not None else 2**62)
-        bottom, top = low if low is not None else above, high if high is not None else below
+        bottom, top = low if low is not None else above, next(v for v in (high, below, 1e38) if v is not None)
         return st.floats(
             bottom, top, exclude_min=above is not None, exclude_max=below is not None, allow_nan=False, allow_infinity=False
         )
@@ -407,7 +407,7 @@ def strategy(hint) -> st.SearchStrategy:
     plain = {
         bool: st.booleans(),
         int: st.integers(-(2**62), 2**62),
-        float: st.floats(allow_nan=False, allow_infinity=False),
+        float: st.floats(-1e38, 1e38),
         str: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
         type(None): st.none(),
     }
