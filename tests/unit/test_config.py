@@ -458,6 +458,8 @@ def test_the_configurations_in_the_repository(path):
 def test_yaml_is_written_without_needless_quotes():
     text = to_yaml({"on": "clean", "a": "1e-3", "b": "true", "c": None, "d": (0.1, 1), "e": "8/255"})
     assert text == "on: clean\na: '1e-3'\nb: 'true'\nc: null\nd:\n- 0.1\n- 1\ne: 8/255\n"
+    twice = {"x": 1}
+    assert to_yaml([twice, twice]) == "- x: 1\n- x: 1\n"
 
 
 # ------------------------------------------------------------------------------------------------------- build, suites
