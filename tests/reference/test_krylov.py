@@ -14,8 +14,9 @@ from torch import nn
 
 from robustlab import losses
 from robustlab.attacks.fgsm import FGSM
-from robustlab.attacks.krylov import Krylov, curvature, lanczos, trust_region
+from robustlab.attacks.krylov import Krylov, curvature
 from robustlab.attacks.pgd import PGD
+from robustlab.attacks.quadratic import lanczos, trust_region
 from robustlab.evaluation.counting import Counter
 from robustlab.rng import Rng
 from robustlab.types import one_hot
@@ -31,7 +32,7 @@ def symmetric(n: int, size: int, seed: int) -> torch.Tensor:
 
 
 def dense(h: np.ndarray, g: np.ndarray, radius: float) -> np.ndarray:
-    """The maximiser of <g, d> + d'Hd/2 on the sphere: eigenvalues, and a root of the secular equation in log(lambda - theta_max)."""
+    """The maximiser of <g, d> + d'Hd/2 on the sphere: eigenvalues, and a root of the secular equation in log(lambda - theta)."""
     theta, u = np.linalg.eigh(h)
     c = u.T @ g
 
