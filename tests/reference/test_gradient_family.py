@@ -90,6 +90,15 @@ def test_the_two_sign_steps_of_r_fgsm(x):
     assert float(at_eps.double().mean()) == pytest.approx(0.5, abs=0.08)  # 840 fair bits: 4.6 standard deviations
 
 
+def test_r_fgsm_takes_the_gradient_at_the_random_point(f, x, y):
+    x = 0.2 + 0.6 * x
+    start = RFGSM(norm="linf", eps=EPS / 2, share=1.0)(f, x, y, seed=4)  # the random step alone
+    assert float(((start - x).abs() - EPS / 2).abs().max()) < 1e-12
+    expected = start + EPS / 2 * grad(f, start, y).sign()
+    assert not torch.equal(grad(f, start, y).sign(), grad(f, x, y).sign())
+    torch.testing.assert_close(RFGSM(norm="linf", eps=EPS)(f, x, y, seed=4), expected)
+
+
 def test_bim_in_l2_reaches_the_closest_point_of_the_sphere_on_a_linear_classifier(x):
     x = 0.3 + 0.4 * x
     w = Linear().w
@@ -273,6 +282,13 @@ def test_diversity_is_keyed_by_the_tickets(f, x, y):
     alone = torch.cat([attack(f, x[i : i + 1], y[i : i + 1], seed=1, index=torch.tensor([i])) for i in range(N)])
     torch.testing.assert_close(alone, whole, atol=1e-12, rtol=0)
     assert not torch.equal(attack(f, x, y, seed=2, index=torch.arange(N)), whole)
+
+
+def test_the_kernel_ends_at_three_sigma():
+    point = torch.zeros(1, 1, 15, 15, dtype=torch.float64)
+    point[..., 7, 7] = 1
+    bell = np.exp(-0.5 * np.linspace(-3, 3, 15) ** 2)
+    np.testing.assert_allclose(smooth(point, 15)[0, 0].numpy(), np.outer(bell, bell) / np.outer(bell, bell).sum(), atol=1e-12)
 
 
 def test_smoothing_keeps_a_constant_inside_and_loses_mass_at_the_border():

@@ -127,6 +127,16 @@ def test_the_basis_is_orthonormal_and_reduces_the_matrix():
     torch.testing.assert_close(krylov @ v[:, :3].mT @ v[:, :3], krylov)
 
 
+def test_the_basis_stays_orthonormal_when_eigenvalues_spread():
+    """Once a dominant eigenvector has converged, its rounding errors grow back if they are not taken out twice."""
+    h = torch.stack([spectrum([10.0**-i for i in range(0, 24)], seed) for seed in range(20)])
+    g = torch.randn(20, 24, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    v, _, _ = lanczos(g, times(h), 12)
+    alive = v.norm(dim=2) > 0
+    assert int(alive.sum(1).min()) >= 4
+    assert float((v @ v.mT - torch.diag_embed(alive.double())).abs().max()) < 1e-14
+
+
 def test_each_sample_stops_by_itself_where_its_space_ends():
     """1, 2, 4 and 9 distinct eigenvalues: so many vectors, the others zero."""
     values = [[1.5], [2.0, -1.0], [3.0, 2.0, 1.0, 0.0], [float(i) for i in range(9)]]
@@ -188,6 +198,10 @@ def test_the_attack_on_a_quadratic_classifier():
     x = torch.full((1, *SHAPE), 0.5, dtype=torch.float64)
     out = Krylov(norm="l2", eps=0.4, m=4, loss="margin")(Quadratic(h, g, x), x, torch.tensor([0]))
     np.testing.assert_allclose((out - x).flatten().numpy(), dense(h.numpy(), g.numpy(), 0.4), atol=1e-7)
+    corner, inner = (np.sign(dense(h.numpy(), g.numpy(), r)) for r in (0.2 * np.sqrt(D), 0.2))
+    assert not np.array_equal(corner, inner)
+    out = Krylov(norm="linf", eps=0.2, m=4, loss="margin")(Quadratic(h, g, x), x, torch.tensor([0]))
+    np.testing.assert_allclose((out - x).flatten().numpy(), 0.2 * corner, atol=1e-12)
     down = Krylov(norm="l2", eps=0.4, m=4, loss="margin", targeted=True)(Quadratic(h, g, x), x, torch.tensor([0]))
     np.testing.assert_allclose((down - x).flatten().numpy(), dense(-h.numpy(), -g.numpy(), 0.4), atol=1e-7)
 
