@@ -105,11 +105,12 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     return x0 + project_ball(x.clamp(0.0, 1.0) - x0, norm, eps)
 
 
-def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
+def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
     linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
-    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. In l2 ``eps`` may be
+    one radius per sample (N,).
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
