@@ -42,7 +42,7 @@ def torch_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"device: '{name}' is not available here; expected auto, cpu, or cuda on a machine with a GPU") from None
     return device

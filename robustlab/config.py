@@ -108,7 +108,7 @@ class Training:
     channels_last: bool = False
     compile: bool = False
     device: str = "auto"
-    threads: Count | None = None
+    threads: Annotated[int, annotated_types.Ge(1), annotated_types.Le(4096)] | None = None
     checkpoint_every: Count = 1
     probe: Probe = Probe()
     guards: Guards = Guards()
@@ -211,6 +211,7 @@ _SCALARS = {_TAG + t for t in ("str", "int", "float", "bool", "null")}
 _MOST_NODES = 20_000
 _MOST_CHARACTERS = 250_000
 _MOST_LEVELS = 50
+_LARGEST = 3e38  # float32 ends a little above
 
 
 def parse(text: str, file: str) -> Node:
@@ -628,12 +629,14 @@ class _Builder:
         near = nearest(raw, choices) if choices and isinstance(raw, str) else ""
         if any(typing.get_origin(option) is tuple for option in _options(hint)) and not isinstance(raw, dict | list | None):
             near = f" (write [{node.value}])"
+        if isinstance(raw, int | float) and math.isfinite(raw) and abs(raw) > _LARGEST:
+            near = ", which float32 cannot hold"
         self.fail(node, path, f"expected {describe(hint)}, got {_shape(node)}{near}")
         return None
 
 
 def _fits(hint: Any, raw: Any) -> bool:
-    """Whether a plain value is what a field wants: ``true`` is no number, and numbers are finite."""
+    """Whether a plain value is what a field wants: ``true`` is no number, and float32 can hold the numbers."""
     kinds = _scalars(hint)
     if isinstance(raw, bool) and bool not in kinds:
         return False
@@ -643,7 +646,7 @@ def _fits(hint: Any, raw: Any) -> bool:
         value = adapter(hint).validate_python(raw)
     except (ValidationError, ValueError, OverflowError):
         return False
-    return not isinstance(value, float) or math.isfinite(value)
+    return not isinstance(value, float) or abs(value) <= _LARGEST
 
 
 def _blame(error: ValueError, known: typing.Container[str]) -> tuple[str, str]:

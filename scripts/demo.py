@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -57,6 +58,8 @@ def main() -> None:
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         for done in [pool.submit(one_model, name, out) for name in TRAINERS]:
             done.result()
+    (out / "leaderboard").mkdir(exist_ok=True)
+    shutil.copyfile("leaderboards/digits-linf/board.yaml", out / "leaderboard/board.yaml")
     robustlab("leaderboard", "add", out / "evaluations", "--board", out / "leaderboard")
     robustlab("leaderboard", "build", out / "leaderboard")
     print(f"demo done in {time.monotonic() - begun:.0f} s")

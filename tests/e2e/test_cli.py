@@ -145,6 +145,7 @@ def test_a_run_is_not_overwritten_and_not_mixed_with_another(trained, capsys):
         ("model.init=pretrained", "model: small_cnn cannot take images of 1x8x8: "),
         ("model.init=nowhere.safetensors", "nowhere.safetensors: "),
         ("training.device=tpu", "device: 'tpu' is not available here; expected auto, cpu, or cuda on a machine with a GPU"),
+        ("training.device=meta", "device: 'meta' is not available here; "),
         ("training.accumulation=3", "training.batch_size: 256 images cannot be divided among 1 processes x 3 micro-batches"),
         ("data={name: npz, path: nowhere.npz}", ""),
         ("data={name: image-folder, root: nowhere}", ""),

@@ -390,7 +390,7 @@ def strategy(hint) -> st.SearchStrategy:
         below = min([m.lt for m in args[1:] if isinstance(m, annotated_types.Lt)], default=None)
         if args[0] is int:
             return st.integers(low if low is not None else -(2**62), high if high is not None else 2**62)
-        bottom, top = low if low is not None else above, high if high is not None else below
+        bottom, top = low if low is not None else above, next(v for v in (high, below, 1e38) if v is not None)
         return st.floats(
             bottom, top, exclude_min=above is not None, exclude_max=below is not None, allow_nan=False, allow_infinity=False
         )
@@ -407,7 +407,7 @@ def strategy(hint) -> st.SearchStrategy:
     plain = {
         bool: st.booleans(),
         int: st.integers(-(2**62), 2**62),
-        float: st.floats(allow_nan=False, allow_infinity=False),
+        float: st.floats(-1e38, 1e38),
         str: st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
         type(None): st.none(),
     }
@@ -458,6 +458,8 @@ def test_the_configurations_in_the_repository(path):
 def test_yaml_is_written_without_needless_quotes():
     text = to_yaml({"on": "clean", "a": "1e-3", "b": "true", "c": None, "d": (0.1, 1), "e": "8/255"})
     assert text == "on: clean\na: '1e-3'\nb: 'true'\nc: null\nd:\n- 0.1\n- 1\ne: 8/255\n"
+    twice = {"x": 1}
+    assert to_yaml([twice, twice]) == "- x: 1\n- x: 1\n"
 
 
 # ------------------------------------------------------------------------------------------------------- build, suites

@@ -226,6 +226,7 @@ def test_a_training_run_on_a_terminal_has_a_progress_line(monkeypatch):
     )
     assert "val pgd-10 25.0%" in plain
     assert "epoch   1  lr 0.0500" in text
+    assert "img/s" not in text
 
 
 def test_trainers_are_listed_with_a_summary_of_one_sentence():

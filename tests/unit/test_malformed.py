@@ -266,6 +266,16 @@ CASES: list[tuple[str, object, list[str]]] = [
         GOOD + "seed: " + "9" * 6000,
         ["c.yaml:4: '99999999999999999999999999999999999999999999999999999999... is too large a number"],
     ),
+    (
+        "huge number",
+        GOOD + "threat: {norm: l2, eps: 1e300}\n",
+        ["c.yaml:4: threat.eps: expected a number, got 1.0e+300, which float32 cannot hold"],
+    ),
+    (
+        "huge number",
+        GOOD + "training: {threads: 1099511627776}\n",
+        ["c.yaml:4: training.threads: expected a whole number >= 1 and <= 4096 or null, got 1099511627776"],
+    ),
     ("huge number", GOOD + "optimizer: {lr: 1e999}\n", ["c.yaml:4: optimizer.lr: expected a number > 0, got .inf"]),
     ("missing", "trainer: pgd-at\nmodel: small_cnn\n", ["c.yaml:1: data: missing; expected a data set"]),
     (
