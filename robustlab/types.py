@@ -229,10 +229,13 @@ class Attack(Part):
     Attributes:
         norm, eps: the threat model; ``None`` takes the one of the surrounding configuration.
         coupled: True when the result for a sample depends on the other samples of its batch.
+        minimal: True for attacks that look for the smallest perturbation. They need no eps (``info["distance"]`` (N,) is the norm
+            found, infinite where nothing was); with one they return a point of its ball.
     """
 
     kind: ClassVar[str] = "attack"
     coupled: ClassVar[bool] = False
+    minimal: ClassVar[bool] = False
     norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
 
     norm: Norm | None
@@ -271,7 +274,7 @@ class Attack(Part):
         Raises:
             ValueError: images outside [0, 1] or not four-dimensional, labels out of range, no radius.
         """
-        if self.eps is None or self.norm is None:
+        if self.norm is None or (self.eps is None and not self.minimal):
             raise ValueError(f"{self.name}: give norm and eps, for example norm='linf', eps=8/255")
         check_images(x)
         if isinstance(f, nn.Module) and f.training:

@@ -88,8 +88,8 @@ def test_micro_batches_see_the_same_images(name, augment):
         views = [v for shards in seen for v, _ in shards]
         x = {to: torch.cat([v[to].x for v in views]) for to in views[0]}
         found.append((torch.cat([v["clean"].key for v in views]), x, snapshot(f)))
-    for key, x, after in found[1:]:
-        assert torch.equal(key, found[0][0])
+    for key, x, after in found:
+        assert key.tolist() == list(range(64))  # tickets: positions in the epoch's order
         for to in x:
             torch.testing.assert_close(x[to], found[0][1][to], rtol=0, atol=1e-9)
         for p in after:
@@ -198,9 +198,10 @@ def test_the_state_of_a_run_is_its_tensors_and_its_position(name, tmp_path):
 def test_perturbed_weights_count_under_an_autocast_cache():
     """Inside one autocast context the cast weights are cached; a perturbation must not be lost in that cache."""
     f, x = net(bn=False), batch()["clean"].x
+    matrices = [p for p in f.parameters() if p.ndim > 1]  # the cache keeps casts of these
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         before = f(x)
-        with perturbed(list(f.parameters()), [0.5 * p.detach() for p in f.parameters()]):
+        with perturbed(matrices, [0.5 * p.detach() for p in matrices]):
             inside = f(x)
         after = f(x)
     assert torch.equal(before, after)
