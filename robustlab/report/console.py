@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -50,18 +50,14 @@ def accuracies_text(event: dict[str, Any], attack: str) -> str:
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
 
 
-class TrainingScreen:
-    """Shows a training run; call it with the loop's events."""
+class _Screen:
+    """Holds the progress line: on a terminal while the context lasts, elsewhere there is none (``_bar`` is None)."""
 
-    def __init__(self, probe_steps: int):
-        self.attack = f"val pgd-{probe_steps}"
+    def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: Any = None
-        self._begun = time.perf_counter()
-        self._first: int | None = None
-        self._note = ""
 
-    def __enter__(self) -> TrainingScreen:
+    def __enter__(self) -> Self:
         if err.is_terminal:
             self._bar = bar()
             self._bar.start()
@@ -70,6 +66,18 @@ class TrainingScreen:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class TrainingScreen(_Screen):
+    """Shows a training run; call it with the loop's events."""
+
+    def __init__(self, probe_steps: int):
+        super().__init__()
+        self.attack = f"val pgd-{probe_steps}"
+        self._begun = time.perf_counter()
+        self._first: int | None = None
+        self._total = 1
+        self._terms = self._note = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["kind"] == "step":
@@ -105,28 +113,14 @@ class TrainingScreen:
         elif accuracies:
             self._bar.console.print(line, markup=False)
 
-    _terms = ""
-    _total = 1
 
-
-class EvaluationScreen:
+class EvaluationScreen(_Screen):
     """Shows an evaluation; call it with the runner's events."""
 
     def __init__(self, label: str):
+        super().__init__()
         self.label = label
-        self._bar: Progress | None = None
-        self._task: Any = None
         self._suite = ""
-
-    def __enter__(self) -> EvaluationScreen:
-        if err.is_terminal:
-            self._bar = bar()
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         threat = event["threat"]
