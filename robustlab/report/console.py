@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from robustlab.results.leaderboard import format_eps
+
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -128,7 +130,7 @@ class EvaluationScreen:
 
     def __call__(self, event: dict[str, Any]) -> None:
         threat = event["threat"]
-        where = f" {threat['norm']} {threat['eps']:.4g}" if threat else ""
+        where = f" {threat['norm']} {format_eps(threat['eps'], threat['norm'])}" if threat else ""
         kept = f"{event['correct']} of {event['given']} remain" if threat else f"{event['correct']} of {event['given']} correct"
         text = f"{self.label}  {event['suite']}{where}  batch {event['batch'] + 1}  {event['attack']}: {kept}"
         if self._bar is None:
@@ -142,13 +144,19 @@ class EvaluationScreen:
         self._bar.update(self._task, completed=event["done"], description=f"{self.label}  {event['suite']}", note=text)
 
 
+def run_text(run: Any) -> str:
+    """What a configuration trains, in one line."""
+    what = f"{run.model.name} on {run.data.name}, {run.threat.norm} {format_eps(run.threat.eps, run.threat.norm)}"
+    return f"{run.trainer.name} ({run.trainer.fidelity}): {what}"
+
+
 def record_text(record: Any) -> str:
     """A record in one line per fact."""
     m, n = record.metrics, record.data.n
     lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
     lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
     for t in m.threats:
-        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {t.eps:.4g}")
+        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {format_eps(t.eps, t.norm)}")
     for name, values in m.corruptions.items():
         severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
@@ -177,6 +185,11 @@ def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     grid = [names, *rows]
     widths = [max(len(row[i]) for row in grid) for i in range(len(names))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)
+
+
+def show_rows(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: folded to the width of a terminal, one line a row elsewhere."""
+    out.print(table("", names, rows) if out.is_terminal else columns(names, rows), markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:
