@@ -63,9 +63,7 @@ def train(
         )
         return
     folder = out or commands.default_out(config)
-    if _first_process():
-        console.err.print(f"{console.run_text(run)}; writes {folder}", markup=False)
-    with console.TrainingScreen(run.training.probe.steps) as screen:
+    with console.TrainingScreen(run.training.probe.steps, f"{console.run_text(run)}; writes {folder}") as screen:
         outcome = commands.train(
             run,
             folder,

@@ -69,10 +69,11 @@ class _Screen:
 
 
 class TrainingScreen(_Screen):
-    """Shows a training run; call it with the loop's events."""
+    """Shows a training run under its title; call it with the loop's events. Nothing is shown before the first one."""
 
-    def __init__(self, probe_steps: int):
+    def __init__(self, probe_steps: int, title: str = ""):
         super().__init__()
+        self._title = title
         self.attack = f"val pgd-{probe_steps}"
         self._begun = time.perf_counter()
         self._first: int | None = None
@@ -80,6 +81,9 @@ class TrainingScreen(_Screen):
         self._terms = self._note = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
+        if self._title:
+            (self._bar.console if self._bar else err).print(self._title, markup=False)
+            self._title = ""
         if event["kind"] == "step":
             self._step(event)
         else:
