@@ -154,7 +154,7 @@ def read_radius(text: str | None) -> float | None:
     Raises:
         UserError: neither.
     """
-    from robustlab.config import numbers
+    from robustlab.hints import numbers
 
     if text is None:
         return None

@@ -23,6 +23,7 @@ from robustlab import registry
 from robustlab.config import Config, dump
 from robustlab.files import atomic_write, exclusive, sha256
 from robustlab.modes import bn_mode, frozen
+from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
 from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
@@ -308,7 +309,7 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
     trained: dict[str, Any] = dict((meta or {}).get("config", {}).get("data", {}))
     if name is None and not trained:
         raise UserError("this model does not say which data it is for: give --data, for example --data digits")
-    spec = configuration.parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
+    spec = parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
     spec = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(spec, dict):
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
