@@ -3,9 +3,9 @@
     python scripts/parity_autoattack.py --model runs/demo/trades/best.safetensors --num-examples 48 --eps 0.1 --out parity.json
 
 Each side attacks the first test images with every seed, component after component, each on the samples that are left. Both
-sides get the same model, images, threads and batch size, and take turns. The JSON file is written again after every run; with one at hand the
-runs that it holds are not repeated. Exits with 1 when a goal is missed: pooled robust accuracies within 0.5 points; agreement
-on clean-correct samples at least that of the reference with itself minus 0.5 points.
+sides get the same model, images, threads and batch size, and take turns. The JSON file is written again after every run; with one
+at hand the runs that it holds are not repeated. Exits with 1 when a goal is missed: pooled robust accuracies within 0.5 points;
+agreement on clean-correct samples at least that of the reference with itself minus 0.5 points.
 """
 
 from __future__ import annotations
