@@ -84,15 +84,24 @@ def reference_component(run: Any, name: str) -> Any:
 
 
 def run_reference(
-    f: nn.Module, x: Tensor, y: Tensor, threat: Threat, version: str, seed: int, batch_size: int, **budget: int
+    f: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    version: str,
+    seed: int,
+    batch_size: int,
+    attacks: Sequence[str] = (),
+    **budget: int,
 ) -> Run:
+    """The version's attacks, or those of the given names, one after the other."""
     counter = Counter(f)
     with torch.no_grad():
         z = f(x)
     run = reference(counter, z.shape[1], threat, version, seed, **budget)
     clean = z.argmax(1) == y
     alive, components = clean.clone(), {}
-    for name in run.attacks_to_run:
+    for name in attacks or run.attacks_to_run:
         part = reference_component(run, name)
         rows = alive.nonzero().squeeze(1)
         counter.forwards = counter.backwards = 0

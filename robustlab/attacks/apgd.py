@@ -26,7 +26,8 @@ Differences from the authors' code:
   (``eot``) it stays: one lucky draw proves little. The mean of the logits then says whether it is fooled.
 - A sample that is never fooled gets the point of largest loss; theirs gets its clean image.
 - No clean pass: a sample that is misclassified from the start is attacked like the others.
-- l1 always shrinks the radius; theirs does not in the versions ``plus`` and ``rand``.
+- l1 counts coordinates that differ by more than 1e-6 eps; theirs also those that rounding has moved. It always shrinks the
+  radius; theirs does not in the versions ``plus`` and ``rand``.
 
 As in their code (the paper has ``<``) condition 1 includes equality, and after a return to the best point the next rise is
 counted from the loss of the point that was left.
@@ -239,13 +240,14 @@ def _begin(x: Tensor, y: Tensor, target: Tensor, start: Tensor, eta: float) -> _
         best_checked=low,
         halved=torch.ones_like(low, dtype=torch.bool),  # so that condition 2 waits for the second checkpoint
         rises=torch.zeros_like(low, dtype=torch.long),
-        changed=_changed(start, x),
+        changed=_changed(start, x, eta),
         eta=torch.full_like(x[:, :1, :1, :1], eta),
     )
 
 
-def _changed(x: Tensor, x0: Tensor) -> Tensor:
-    return (x != x0).flatten(1).sum(1)
+def _changed(x: Tensor, x0: Tensor, eps: float) -> Tensor:
+    """How many coordinates differ by more than rounding: (n,)."""
+    return ((x - x0).abs() > 1e-6 * eps).flatten(1).sum(1)
 
 
 def _step(s: _Search, norm: str, eps: float, alpha: float) -> Tensor:
@@ -288,7 +290,7 @@ def _check(s: _Search, enough: float) -> None:
 
 def _check_sparsity(s: _Search, eps: float) -> None:
     """A checkpoint in l1: where the best point has become sparser go back to it with a full step, else shorten the step."""
-    changed = _changed(s.x_best, s.x0)
+    changed = _changed(s.x_best, s.x0, eps)
     wide = (changed < 0.95 * s.changed).view(-1, 1, 1, 1)
     s.eta = torch.where(wide, torch.full_like(s.eta, eps), (s.eta / 1.5).clamp_min(eps / 10))
     s.x, s.g = torch.where(wide, s.x_best, s.x), torch.where(wide, s.g_best, s.g)
