@@ -17,7 +17,7 @@ from robustlab.types import Threat, View, one_hot, with_threat
 
 N, K, SHAPE = 8, 5, (2, 8, 8)
 EPS = {"linf": 0.06, "l2": 0.6, "l1": 4.0, "l0": 5.0}
-CHEAP = {"steps": 6, "attacks": ("apgd-ce", "fab-t")}  # of the fields of these names
+CHEAP = {"steps": 6, "queries": 30, "attacks": ("apgd-ce", "fab-t")}  # of the fields of these names
 
 CASES = [(name, norm) for name, cls in registry.entries("attack").items() for norm in cls.norms]
 CASES += [("pgd:restarts", "linf"), ("pgd:best", "l2"), ("pgd:dlr", "linf"), ("pgd:normal", "l2"), ("pgd:targeted", "linf")]
@@ -148,7 +148,7 @@ def test_the_seed_decides(name, norm):
 
 
 def random_starts() -> list[tuple[str, str]]:
-    return [(n, p) for n, p in CASES if n.partition(":")[0] in ("pgd", "apgd")]
+    return [(n, p) for n, p in CASES if n.partition(":")[0] in ("pgd", "apgd", "apgd-t", "square")]
 
 
 @pytest.mark.parametrize(("name", "norm"), random_starts())
@@ -204,7 +204,7 @@ def test_an_open_threat_model_is_filled(name, norm):
 # ------------------------------------------------------------------------------------------- by-products, craft
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "pgd:restarts", "pgd:best", "apgd", "apgd:restarts"])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "pgd:restarts", "pgd:best", "apgd", "apgd:restarts", "apgd-t"])
 def test_counts_its_passes(name):
     f, x, y = problem(torch.float64)
     calls = []
