@@ -39,6 +39,8 @@ def make(name: str, norm: str, eps: float | None = None):
         pytest.importorskip("torchattacks")
     cls = registry.lookup("attack", name)
     known = {f.name for f in dataclasses.fields(cls)}
+    if name == "best-of":
+        known -= {"attacks"}
     fields = {k: v for k, v in CHEAP.items() if k in known} | VARIANTS.get(variant, {})
     return cls(norm=norm, eps=EPS[norm] if eps is None else eps, **fields)
 
