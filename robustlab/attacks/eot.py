@@ -1,13 +1,13 @@
-"""Expectation over transformation (Athalye, Engstrom, Ilyas, Kwok, ICML 2018): attack the mean of a classifier that draws at random.
+"""Expectation over transformation (Athalye, Engstrom, Ilyas, Kwok, ICML 2018): attack the mean of a random classifier.
 
     F(x) = 1/n sum_i f_i(x)      n forward passes of f, with n independent draws of its own randomness
     grad L(F(x), y) = (1/n sum_i J_i(x))' dL/dz       J_i: Jacobian of f_i; dL/dz at the mean logits F(x)
 
-The inner attack is given F in place of f. Whatever it asks for is asked of the mean: its gradients average over n forwards, and so do
-the losses by which it chooses its step size, its best point and its early exit. For a loss that is linear in the logits
-(``margin``, while the runner-up stays) this is the mean gradient of the loss; for the cross-entropy it differs from the mean of the n
-gradients in that dL/dz is evaluated once, at the mean. Combinators nest either way: ``eot`` inside ``restarts`` averages in every
-run, outside of it once around all of them, which is the same.
+The inner attack is given F in place of f. Whatever it asks for is asked of the mean: its gradients average over n forwards, and so
+do the losses by which it chooses its step size, its best point and its early exit. For a loss that is linear in the logits
+(``margin``, while the runner-up stays) this is the mean of the n gradients; for the cross-entropy it differs from that mean in that
+dL/dz is evaluated once, at the mean logits. Combinators nest either way: ``eot`` inside ``restarts`` or around it is the same, but
+for the forward passes that compare the runs, which are averaged only inside ``eot``.
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ class Turn(NamedTuple):
 def in_turn(turns: Iterable[Turn], f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
     """Run attacks one after the other, each on the samples that none has fooled.
 
-    A sample gets the point that fools the classifier, else the one of largest cross-entropy. Each point costs one more forward pass,
-    to compare it; ``passes`` is left out where one of the attacks does not count its own.
+    A sample gets the point that fools the classifier, else the one of largest cross-entropy. Each point costs one more forward
+    pass, to compare it; ``passes`` is left out where one of the attacks does not count its own.
     """
     x, cost = x.detach(), passes(x, 0, 0)
     least = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)

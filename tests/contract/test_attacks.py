@@ -188,8 +188,9 @@ def test_says_no_to_a_threat_model_that_cannot_be(name, norm):
     cls = registry.lookup("attack", name.partition(":")[0])
     with pytest.raises(ValueError, match="norm 'l7' is not supported"):
         cls(norm="l7", eps=0.1)
-    with pytest.raises(ValueError, match="did you mean 8/255"):
-        cls(norm="linf", eps=8)
+    if "linf" in cls.norms:
+        with pytest.raises(ValueError, match="did you mean 8/255"):
+            cls(norm="linf", eps=8)
     f, x, y = problem(torch.float32)
     with pytest.raises(ValueError, match="norm and eps"):
         cls()(f, x, y)
