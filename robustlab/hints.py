@@ -111,7 +111,7 @@ def describe(hint: Any) -> str:
         return f"a list of {len(args)}: " + ", ".join(describe(a) for a in args)
     if isinstance(hint, type) and issubclass(hint, Part):
         return a(spoken(hint.kind))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+    if origin is dict or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return "a mapping"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 

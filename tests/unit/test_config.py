@@ -395,6 +395,8 @@ def strategy(hint) -> st.SearchStrategy:
         if args[-1] is Ellipsis:
             return st.lists(strategy(args[0]), max_size=3)
         return st.tuples(*map(strategy, args)).map(list)
+    if origin is dict:
+        return st.dictionaries(st.sampled_from(["steps", "alpha", "x"]), st.integers(1, 9), max_size=2)
     if args:  # a union
         return st.one_of(*map(strategy, args))
     if isinstance(hint, type) and issubclass(hint, Part):
