@@ -6,6 +6,8 @@ All functions act per sample over every dimension but the first. For a radius ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,7 +69,8 @@ def project_ball(d: Tensor, norm: str, eps: float | Tensor) -> Tensor:
         return project_l1(d, eps)
     eps = _wide(eps, d) if isinstance(eps, Tensor) else eps
     if norm == "linf":
-        return d.clamp(-eps, eps)
+        limit: Any = eps
+        return d.clamp(-limit, limit)
     if norm == "l2":
         n = _wide(norm_of(d, "l2"), d)
         return torch.where(n > eps, d * (eps / n.clamp_min(torch.finfo(d.dtype).tiny)), d)
@@ -93,8 +96,8 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """
     d = x - x0
     if norm == "linf":
-        eps = _wide(eps, d) if isinstance(eps, Tensor) else eps
-        return (x0 + d.clamp_(-eps, eps)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
+        limit: Any = _wide(eps, d) if isinstance(eps, Tensor) else eps
+        return (x0 + d.clamp_(-limit, limit)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
     if norm == "l2":
         inside = norm_of(d, "l2") <= eps
         boxed = x.clamp(0.0, 1.0)  # enough inside the ball: the box lies around x0, so clamping cannot leave the ball
