@@ -6,12 +6,15 @@ All functions act per sample over every dimension but the first. For a radius ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from robustlab.rng import Rng
 
 NORMS = ("linf", "l2", "l1", "l0")
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _flat(d: Tensor) -> Tensor:
@@ -66,7 +69,8 @@ def project_ball(d: Tensor, norm: str, eps: float | Tensor) -> Tensor:
         return project_l1(d, eps)
     eps = _wide(eps, d) if isinstance(eps, Tensor) else eps
     if norm == "linf":
-        return d.clamp(-eps, eps)
+        limit: Any = eps
+        return d.clamp(-limit, limit)
     if norm == "l2":
         n = _wide(norm_of(d, "l2"), d)
         return torch.where(n > eps, d * (eps / n.clamp_min(torch.finfo(d.dtype).tiny)), d)
@@ -92,8 +96,8 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """
     d = x - x0
     if norm == "linf":
-        eps = _wide(eps, d) if isinstance(eps, Tensor) else eps
-        return (x0 + d.clamp_(-eps, eps)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
+        limit: Any = _wide(eps, d) if isinstance(eps, Tensor) else eps
+        return (x0 + d.clamp_(-limit, limit)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
     if norm == "l2":
         inside = norm_of(d, "l2") <= eps
         boxed = x.clamp(0.0, 1.0)  # enough inside the ball: the box lies around x0, so clamping cannot leave the ball
@@ -238,6 +242,43 @@ def prox(d: Tensor, t: Tensor, norm: str) -> Tensor:
 def dual(norm: str) -> str:
     """The norm that measures gradients when steps are measured in ``norm``."""
     return {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
+
+
+def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
+    """The smallest d with ``<w, d> = -c`` and ``x + d`` in [0, 1]: the way from ``x`` to where a linear function vanishes.
+
+    ``c`` (N,) is the function's value at ``x``, ``w`` its gradient. Coordinate i moves against c w_i by min(t r_i, b_i): b_i is the
+    distance to its bound; the rate r_i is 1 in linf, |w_i| in l2. The value gained is a concave, piecewise linear function of
+    t: Newton's method from t = 0 climbs to the solution in finitely many steps, without sorting. l1: the coordinates with the
+    largest |w_i| move as far as the box allows until c is used up. Where the box holds no such point, all go to their bounds.
+    """
+    flat, largest = _over_largest(w)
+    v = -c.sign()[:, None] * flat
+    size = v.abs()
+    need = c.abs()[:, None] / largest
+    room = torch.where(size > 0, torch.where(v > 0, 1 - _flat(x), _flat(x)), torch.zeros_like(size))
+    if norm == "l1":
+        ordered, order = size.sort(dim=1, descending=True)
+        able = room.gather(1, order)
+        gain = ordered * able
+        missing = (need - (gain.cumsum(1) - gain)).clamp_min(0)
+        part = torch.where(missing < gain, missing / ordered.clamp_min(torch.finfo(x.dtype).tiny), able)
+        return (v.sign() * torch.zeros_like(part).scatter_(1, order, part)).view_as(x)
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"no projection on a hyperplane in '{norm}'; expected one of linf, l2, l1")
+    rate = size if norm == "l2" else (size > 0).to(x.dtype)
+    gain, pull = size * room, size * rate
+    at_bound = size == 0
+    for _ in range(size.shape[1] + 1):
+        spent = torch.where(at_bound, gain, torch.zeros_like(gain)).sum(1, keepdim=True)
+        slope = torch.where(at_bound, torch.zeros_like(pull), pull).sum(1, keepdim=True)
+        t = (need - spent).clamp_min(0) / slope.clamp_min(torch.finfo(x.dtype).tiny)
+        t = t.clamp_max(torch.finfo(x.dtype).max)  # a gradient of zero: as far as there is room
+        reached = at_bound | (t * rate > room)
+        if bool((reached == at_bound).all()):
+            break
+        at_bound = reached
+    return (v.sign() * torch.where(at_bound, room, t * rate)).view_as(x)
 
 
 def steepest(g: Tensor, norm: str) -> Tensor:

@@ -10,10 +10,12 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from robustlab.types import Part, UserError
 
@@ -135,3 +137,26 @@ def plural(kind: str) -> str:
 def summary(cls: type) -> str:
     """The first sentence of a part's docstring."""
     return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def import_callable(spec: str) -> Any:
+    """The object that ``package.module:name`` names; modules in the current folder are found too.
+
+    Raises:
+        UserError: the module cannot be imported or has no such name.
+    """
+    module_name, _, name = spec.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{spec}: cannot import '{module_name}': {type(error).__name__}: {reason}") from None
+    finally:
+        sys.path.remove(here)
+    if not hasattr(module, name):
+        raise UserError(
+            f"{spec}: '{module_name}' has no '{name}'{nearest(name, [n for n in vars(module) if not n.startswith('_')])}"
+        )
+    return getattr(module, name)
