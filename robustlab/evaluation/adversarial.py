@@ -209,7 +209,7 @@ class Images:
                 self.x: Any = file["x_adv"]
                 tensors = {k: torch.from_numpy(file[k]) for k in ("y", "verdict", "index") if k in file.files}
                 meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise _unreadable(self.path, error) from None
         self.shape = self.x.shape
         return tensors, meta
