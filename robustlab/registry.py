@@ -113,7 +113,9 @@ def lookup(kind: str, name: str) -> type[Part]:
 def nearest(word: object, known: object) -> str:
     """`` (did you mean 'pgd'?)``, or nothing when no known word is near; capitals do not count."""
     spelled = {str(k).lower(): str(k) for k in known}  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
+    letters = sorted(str(word).lower())
+    swapped = [name for name in spelled if sorted(name) == letters]  # `pdg` is a slip for pgd, though pdpgd is nearer by difflib
+    close = swapped or difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
     return f" (did you mean '{spelled[close[0]]}'?)" if close else ""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class MinimumNorm(Attack):
     """Base of the attacks that look for the smallest perturbation. Subclasses define :meth:`search`."""
 
     minimal = True
-    targeted: ClassVar[bool] | bool = False
+    targeted = False
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         """Offer points to ``near``; returns the passes spent on each sample (N, 2)."""
