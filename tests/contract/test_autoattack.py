@@ -406,15 +406,17 @@ def test_averaged_gradients_see_through_noise():
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("name", ["autoattack", "autoattack-plus"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    ("name", "norm"), [("autoattack", "linf"), ("autoattack", "l2"), ("autoattack", "l1"), ("autoattack-plus", "linf")]
+)
 def test_no_verdict_depends_on_the_batch(name, norm):
-    f, x = net(6, (1, 6, 6)), images(16, (1, 6, 6))
+    f, x = net(6, (1, 6, 6)), images(10, (1, 6, 6))
     y = f(x).argmax(1)
     results = [
-        evaluate(f, (x.float(), y), short(name), threat=Threat(norm, EPS[norm] / 2), seed=3, batch_size=b) for b in (16, 1, 3)
+        evaluate(f, (x.float(), y), short(name, 6, 25), threat=Threat(norm, EPS[norm] / 2), seed=3, batch_size=b)
+        for b in (10, 1, 3)
     ]
-    assert 0 < int(results[0].robust.sum()) < 16
+    assert 0 < int(results[0].robust.sum()) < 10
     for other in results[1:]:
         assert torch.equal(other.robust, results[0].robust)
         for label, row in results[0].per_attack.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -167,19 +168,46 @@ def test_apgd_in_l1_follows_the_reference_step_by_step(trained, monkeypatch):
     torch.testing.assert_close(s.x_best, best, rtol=0, atol=1e-9)
 
 
-def test_square_proposes_what_the_reference_proposes(trained):
-    """One query in l2 and l1 with the reference's windows, signs and orientation: the same image."""
+@pytest.mark.parametrize("norm", EPS)
+def test_square_proposes_what_the_reference_proposes(norm, monkeypatch):
+    """From the same point with the reference's own window, signs and orientation: the same image, query after query."""
     from pyautoattack.square import SquareAttack
 
-    x = trained[1][:1]
-    for norm, name in (("l2", "L2"), ("l1", "L1")):
-        theirs = SquareAttack(lambda z: z, norm=name, eps=EPS[norm], device="cpu")
-        theirs.init_hyperparam(x)
-        ours = square._pattern(3, norm)
-        torch.manual_seed(1)
-        for _ in range(4):
-            drawn = theirs.eta(3)
-            assert min(float((drawn - p).abs().max()) for p in ours) < 1e-6
+    shape, s, queries = (2, 10, 10), 3, 6
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(5)) * 0.4 + 0.3
+    images, drawn = [], []
+
+    def f(z):
+        images.append(z.clone())
+        return torch.tensor([[9.0 - 0.1 * len(images), 0.0]])  # every proposal is kept, none fools
+
+    theirs = SquareAttack(f, norm={"linf": "Linf", "l2": "L2", "l1": "L1"}[norm], eps=EPS[norm], p_init=0.1, device="cpu")
+    theirs.n_queries, theirs.rescale_schedule = queries, False
+
+    def record(name, call, *args, **kwargs):
+        drawn.append((name, call(*args, **kwargs)))
+        return drawn[-1][1]
+
+    for name in ("random_int", "random_choice", "eta"):
+        monkeypatch.setattr(theirs, name, functools.partial(record, name, getattr(theirs, name)))
+    with torch.random.fork_rng():
+        theirs.perturb(x, torch.tensor([0]))
+    starts = [i for i, (name, _) in enumerate(drawn) if name == "random_int"][:: 2 if norm == "linf" else 4]
+    assert len(starts) == queries
+    pattern = None if norm == "linf" else square._pattern(s, norm)[1].float()
+    for q, first in enumerate(starts):
+        places = [float(v) for name, v in drawn[first : first + 9] if name == "random_int"]
+        if norm == "linf":
+            sign, places, turned = drawn[first + 2][1].flatten(), [*places[:2], 0.0, 0.0], True
+        else:
+            turned = float((drawn[first + 4][1] - pattern).abs().max()) < 1e-5
+            places, sign = places[:4], drawn[first + 5][1].flatten()
+        u = [*((p + 0.5) / (10 - s + 1) for p in places), 0.25 if turned else 0.75, *(0.25 if v < 0 else 0.75 for v in sign)]
+        u = torch.tensor([u], dtype=torch.float64)
+        best = images[q + 1]
+        new = square._propose_linf(x, best, EPS[norm], s, u) if norm == "linf" else square._propose(norm, x, best, EPS[norm], s, u)
+        torch.testing.assert_close(new, images[q + 2], atol=2e-5, rtol=0)
+        assert not torch.equal(new, best)
 
 
 def test_the_reference_is_driven_as_it_drives_itself(trained):
