@@ -40,10 +40,13 @@ def careless(model, x, y, seed):
     torch.manual_seed(3)
     np.random.seed(3)
     random.seed(3)
-    SEEN.update(seed=seed, module=model, labels=y)
+    SEEN.update(seed=seed, module=model, labels=y.clone())
     x.requires_grad_()
     nn.functional.cross_entropy(model(x), y).backward()
-    return x + 9 * x.grad.sign()
+    x_adv = x + 9 * x.grad.sign()
+    x.data.zero_()
+    y.zero_()
+    return x_adv
 
 
 def noise(model, x, y, *, eps, scale=1.0):
