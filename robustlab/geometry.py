@@ -194,36 +194,6 @@ def _soften_into(d: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
     return at(torch.where(done, torch.zeros_like(t), t)).view_as(d)
 
 
-def step_across(w: Tensor, c: Tensor, x: Tensor, norm: str) -> Tensor:
-    """The smallest d (linf or l2) with <w, d> >= c and x + d in [0, 1]; where there is none, the d with the largest <w, d>.
-
-    d_i = sign(w_i) min(s a_i, room_i) with pace a = 1 (linf) or |w| (l2) and the room that the box leaves. The gain
-    sum_i |w_i| min(s a_i, room_i) is concave and piecewise linear in s, with a kink where a coordinate arrives at its bound.
-
-    Args:
-        w: normals (N, C, H, W).
-        c: distances to go, in units of <w, d>, not negative (N,).
-        x: where to start, in [0, 1].
-        norm: ``linf`` or ``l2``.
-    """
-    if norm not in ("linf", "l2"):
-        raise ValueError(f"no step across a plane for norm '{norm}'; expected linf or l2")
-    size, largest = _over_largest(w)
-    size, sign = size.abs(), size.sign()
-    room = torch.where(sign > 0, 1 - _flat(x), _flat(x)) * sign.abs()
-    pace = sign.abs() if norm == "linf" else size
-    kink, order = (room / pace.clamp_min(torch.finfo(w.dtype).tiny)).sort(dim=1)
-    arrived, moving = (size * room).gather(1, order), (size * pace).gather(1, order)
-    before = arrived.cumsum(1) - arrived  # what the coordinates with earlier kinks contribute
-    after = moving.flip(1).cumsum(1).flip(1)  # the slope until this kink
-    goal = c[:, None] / largest
-    far = before + kink * after < goal  # the gain at this kink is not enough
-    first = far.sum(1, keepdim=True).clamp_max(far.shape[1] - 1)
-    slope = after.gather(1, first)
-    s = (goal - before.gather(1, first)).clamp_min(0) / slope.clamp_min(torch.finfo(w.dtype).tiny)
-    return (sign * torch.where(far.all(1, keepdim=True), room, torch.minimum(s * pace, room))).view_as(w)
-
-
 def prox(d: Tensor, t: Tensor, norm: str) -> Tensor:
     """argmin_u { t ||u||_p + ||u - d||_2^2 / 2 } for linf, l2 or l1 and one t > 0 per sample (N,).
 
@@ -237,11 +207,6 @@ def prox(d: Tensor, t: Tensor, norm: str) -> Tensor:
     if norm == "l1":
         return d.sign() * (d.abs() - wide).clamp_min(0)
     raise ValueError(f"no proximal operator for norm '{norm}'; expected linf, l2 or l1")
-
-
-def dual(norm: str) -> str:
-    """The norm that measures gradients when steps are measured in ``norm``."""
-    return {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
 
 
 def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from robustlab.attacks.minimum import MinimumNorm, Nearest
-from robustlab.geometry import norm_of, step_across
+from robustlab.geometry import norm_of, to_hyperplane
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Classifier, Count, NonNegative, Norm
@@ -72,7 +72,7 @@ class DeepFool(MinimumNorm):
         w = torch.stack(w, 1).nan_to_num().flatten(0, 1)
         least = 10 * torch.finfo(x.dtype).eps * z.detach().abs().amax(1, keepdim=True)  # a tie is to be broken as well
         goal = ((1 + self.overshoot) * ahead.detach()).maximum(least).flatten()
-        r = step_across(w, goal, x.detach().repeat_interleave(k, 0), norm)
+        r = to_hyperplane(x.detach().repeat_interleave(k, 0), w, -goal, norm)
         short = (w * r).flatten(1).sum(1) < goal * (1 - 1e-3)  # no point of the box lies behind this boundary
         size = torch.where(short, torch.inf, norm_of(r, norm)).view(n, k)
         return r.view(n, k, *x.shape[1:])[torch.arange(n, device=x.device), size.argmin(1)]

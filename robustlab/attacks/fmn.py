@@ -29,7 +29,7 @@ from torch import Tensor
 
 from robustlab.attacks.minimum import MinimumNorm, Nearest, cosine
 from robustlab.attacks.steps import input_gradient, passes
-from robustlab.geometry import dual, linear_max, norm_of, project, project_ball, steepest
+from robustlab.geometry import DUAL, linear_max, norm_of, project, project_ball, steepest
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Positive
@@ -86,7 +86,7 @@ class FMN(MinimumNorm):
         if near.norm == "l0":
             less = torch.minimum(radius - 1, ((1 - gamma) * radius).floor()).minimum(near.distance).clamp_min(0)
             return torch.where(hit, less, torch.maximum(radius + 1, ((1 + gamma) * radius).floor()))
-        ahead = gap.abs() / norm_of(g, dual(near.norm)).clamp_min(torch.finfo(g.dtype).tiny)
+        ahead = gap.abs() / norm_of(g, DUAL[near.norm]).clamp_min(torch.finfo(g.dtype).tiny)
         found = near.distance.isfinite()
         more = torch.where(found, (1 + gamma) * radius, torch.maximum(size + ahead, (1 + gamma) * size))
         return torch.where(hit, ((1 - gamma) * radius).minimum(near.distance), more)

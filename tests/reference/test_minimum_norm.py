@@ -289,25 +289,6 @@ def test_no_norm_is_refused():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), norm=st.sampled_from(["linf", "l2"]), share=st.floats(0, 1.3))
-def test_the_step_across_a_plane_is_the_smallest(seed, norm, share):
-    rng = np.random.default_rng(seed)
-    v = rng.normal(size=8) * rng.choice([0, 1, 1e-3], size=8, p=[0.2, 0.7, 0.1])
-    x = rng.uniform(size=8).round(1)
-    most = float(np.where(v > 0, v * (1 - x), -v * x).sum())
-    c = share * most
-    d = geometry.step_across(
-        torch.tensor(v).view(1, 1, 2, 4), torch.tensor([c], dtype=torch.float64), torch.tensor(x).view(1, 1, 2, 4), norm
-    )
-    got, size = float(d.flatten() @ torch.tensor(v)), float(geometry.norm_of(d, norm))
-    assert float((torch.tensor(x) + d.flatten()).min()) >= -1e-15
-    assert float((torch.tensor(x) + d.flatten()).max()) <= 1 + 1e-15
-    assert got == pytest.approx(min(c, most), rel=1e-9, abs=1e-12)
-    if 1e-6 < share < 0.999 and most > 1e-6:
-        assert size == pytest.approx(to_half_space(v, c, x, norm), rel=1e-6)
-
-
-@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), norm=st.sampled_from(["linf", "l2", "l1"]), t=st.floats(0.01, 3))
 def test_the_proximal_point_has_no_better_neighbour(seed, norm, t):
     rng = np.random.default_rng(seed)
