@@ -55,17 +55,15 @@ def train(
         plan = commands.dry_run(run)
         console.out.print(to_yaml(dump(run)), markup=False, end="")
         console.out.print(
-            f"\n{plan['parameters']:,} parameters; {plan['images']:,} training images, {plan['steps']} steps an epoch\n"
+            f"\n{console.run_text(run)}\n"
+            f"{plan['parameters']:,} parameters; {plan['images']:,} training images, {plan['steps']} steps an epoch\n"
             f"{plan['forwards']:g} forward and {plan['backwards']:g} backward passes per image and step\n"
             f"about {console.duration(plan['seconds'])} for {run.training.epochs} epochs on {plan['device']} (from 3 timed steps)",
             markup=False,
         )
         return
     folder = out or commands.default_out(config)
-    if _first_process():
-        threat = f"{run.threat.norm} {run.threat.eps:.4g}"
-        console.err.print(f"{run.trainer.name}: {run.model.name} on {run.data.name}, {threat}; writes {folder}", markup=False)
-    with console.TrainingScreen(run.training.probe.steps) as screen:
+    with console.TrainingScreen(run.training.probe.steps, f"{console.run_text(run)}; writes {folder}") as screen:
         outcome = commands.train(
             run,
             folder,
@@ -112,6 +110,10 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
     resume: Resume = False,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="One of N pieces, such as 2/5; then `robustlab merge`.")] = None,
+    save_adversarial: Annotated[
+        Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
@@ -123,6 +125,9 @@ def evaluate(
     radius = read_radius(eps)
     if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
         raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    piece = read_shard(shard)
+    if save_adversarial is not None and len(models) > 1:
+        raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
     done = []
     for model in models:
         with console.EvaluationScreen(commands.model_label(model)) as screen:
@@ -140,6 +145,8 @@ def evaluate(
                 precision=precision,
                 out=out,
                 resume=resume,
+                shard=piece,
+                save_adversarial=save_adversarial,
                 progress=screen,
             )
     if as_json:
@@ -150,13 +157,76 @@ def evaluate(
         console.out.print(f"  {path}", markup=False, style="dim")
 
 
+@app.command()
+def merge(
+    ledgers: Annotated[list[Path], typer.Argument(help="The ledgers of all shards, or their folders.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; default: the one that holds the shards' folders.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Put the shards of an evaluation together: the ledger and record that a single run writes."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    record, path = commands.merge(ledgers, out)
+    if as_json:
+        print(json.dumps(record.model_dump(mode="json"), indent=2))
+        return
+    console.out.print(console.record_text(record), markup=False)
+    console.out.print(f"  {path}", markup=False, style="dim")
+
+
+@app.command()
+def rescore(
+    files: Annotated[
+        list[Path], typer.Argument(help="Adversarial images, .npz or .safetensors, as --save-adversarial writes them.")
+    ],
+    model: Annotated[str, typer.Option(help="A checkpoint, timm:NAME, torchvision:NAME or package.module:callable.")],
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2, l1 or l0; default: what the file says.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255; default: what the file says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Score a model on saved adversarial images: projected on ball and box, in eval mode and float32."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    radius = read_radius(eps)
+    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    root = str(data_root) if data_root else None
+    found = commands.rescore(files, model, data=data, data_root=root, norm=norm, eps=radius, batch_size=batch_size, device=device)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    console.out.print(console.rescored_text(found), markup=False)
+
+
+def read_shard(text: str | None) -> tuple[int, int] | None:
+    """``2/5`` as (2, 5).
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--shard {text}: expected i/n with 1 <= i <= n, such as 2/5")
+    return int(first), int(last)
+
+
 def read_radius(text: str | None) -> float | None:
     """``0.1`` or ``8/255`` as a number.
 
     Raises:
         UserError: neither.
     """
-    from robustlab.config import numbers
+    from robustlab.hints import numbers
 
     if text is None:
         return None
@@ -204,19 +274,27 @@ def add(
 
 
 @app.command("list")
-def list_(kind: Annotated[str, typer.Argument(help="attacks, trainers, models, datasets, suites, corruptions, ...")]) -> None:
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="attacks, trainers, models, datasets, suites, ...; default: the kinds.")
+    ] = None,
+) -> None:
     """List what there is of a kind, one line each."""
-    from robustlab.registry import entries, kind_of, summary
+    from robustlab.registry import FOLDERS, entries, kind_of, plural, summary
     from robustlab.report import console
+    from robustlab.report.explain import plain
     from robustlab.types import Trainer
 
+    if kind is None:
+        console.show_rows(["kind", "names"], [[plural(k), ", ".join(entries(k)) or "-"] for k in FOLDERS])
+        return
     named = entries(kind_of(kind))
     if kind_of(kind) == "trainer":
         columns = ["name", "what it is", "passes per sample", "fidelity"]
-        rows = [[n, summary(c), c.passes, c.fidelity] for n, c in named.items() if issubclass(c, Trainer)]
+        rows = [[n, plain(summary(c)), c.passes, c.fidelity] for n, c in named.items() if issubclass(c, Trainer)]
     else:
-        columns, rows = ["name", "what it is", "source"], [[n, summary(c), c.cite] for n, c in named.items()]
-    console.out.print(console.table("", columns, rows) if console.out.is_terminal else console.columns(columns, rows), markup=False)
+        columns, rows = ["name", "what it is", "source"], [[n, plain(summary(c)), c.cite] for n, c in named.items()]
+    console.show_rows(columns, rows)
 
 
 @app.command()
