@@ -96,7 +96,7 @@ def test_a_sample_stops_costing_once_it_is_fooled(attack, norm):
     x_adv, info, counted = attack_counted(attack, f, x, y)
     assert info["passes"].sum(0).tolist() == list(counted)
     assert (f(x_adv).argmax(1) != y).tolist() == [True, False]
-    assert info["passes"][0, 0] < 0.5 * info["passes"][1, 0]
+    assert info["passes"][0, 0] <= min(70, 0.5 * info["passes"][1, 0])
 
 
 # --------------------------------------------------------------------------------------------- hyperplanes, closed forms

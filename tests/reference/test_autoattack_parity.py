@@ -174,7 +174,7 @@ def test_square_proposes_what_the_reference_proposes(norm, monkeypatch):
     from pyautoattack.square import SquareAttack
 
     shape, s, queries = (2, 10, 10), 3, 6
-    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(5)) * 0.4 + 0.3
+    x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(5))
     images, drawn = [], []
 
     def f(z):
