@@ -112,6 +112,9 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
     resume: Resume = False,
+    reliability: Annotated[
+        bool, typer.Option(help="Examine whether the attacks' verdicts can be believed; at most 10 % of their passes more.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
@@ -140,6 +143,7 @@ def evaluate(
                 precision=precision,
                 out=out,
                 resume=resume,
+                reliability=reliability,
                 progress=screen,
             )
     if as_json:

@@ -333,6 +333,7 @@ def evaluate_one(
     precision: str = "fp32",
     out: Path = Path("evaluations"),
     resume: bool = False,
+    reliability: bool = True,
     progress: Progress | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
@@ -342,7 +343,7 @@ def evaluate_one(
         suites: what to run; empty means what the model's own configuration names.
         data, data_root: see :func:`choose_data`.
         norm, eps: the threat model; None takes the one that the model was trained for.
-        seed, num_examples, batch_size, precision, resume, progress: as in ``evaluation.runner.evaluate``.
+        seed, num_examples, batch_size, precision, resume, reliability, progress: as in ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
         out: folder; a result lies in ``out/<model>/<suite>``.
 
@@ -401,6 +402,7 @@ def evaluate_one(
             num_examples=num_examples,
             out=folder,
             resume=resume,
+            reliability=reliability,
             progress=shown,
         )
         record = record_from(
@@ -426,7 +428,8 @@ def _same_but_time(path: Path, record: Any) -> bool:
         old = read_record(path)
     except UserError:
         return False
-    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics
+    kept = record.reliability in (None, old.reliability)  # a report that nobody asked for this time stays
+    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics and kept
 
 
 def build_board(folder: Path) -> list[Path]:

@@ -29,6 +29,7 @@ import robustlab
 from robustlab import geometry
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.ledger import Ledger
+from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, corruption_summary, cost_of, threat_summary
 from robustlab.evaluation.sources import Fingerprint, open_source
 from robustlab.evaluation.statistics import wilson
@@ -55,6 +56,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    reliability: bool = False,
     provenance: Mapping[str, Any] | None = None,
 ) -> Result:
     """Score a classifier under a suite.
@@ -74,6 +76,7 @@ def evaluate(
         resume: go on with the ledger in ``out``, if there is one.
         progress: called after each line of the ledger with ``n done batch threat attack given correct seconds clean_accuracy
             robust_accuracy`` (accuracies of the batches finished so far; None before the first).
+        reliability: examine, after the attacks, whether their verdicts can be believed, for at most 10 % of their passes more.
         provenance: kept in the result.
 
     Raises:
@@ -125,8 +128,10 @@ def evaluate(
             raise UserError(
                 "the model's weights or buffers changed during the evaluation: one of its attacks, or its own forward, wrote them"
             )
+        report = run.reliability() if reliability and plan.attacks else None
     return run.result(
         suite=resolved,
+        reliability=report,
         batch_size=batch_size,
         model_hash=header["model"],
         environment=environment(where),
@@ -227,6 +232,7 @@ class _Run:
         self.threats = threats
         self.fingerprint = Fingerprint()
         self.seen = self.finished = self.batches = 0
+        self.sample: list[tuple[Tensor, Tensor]] = []  # the first images that are classified correctly, for the reliability report
         self.clean, self.clean_rows = Tally(), list[int]()
         self.attacked = [{label: Tally() for label, _ in self.attacks} for _ in threats]
         self.robust_rows: list[list[int]] = [[] for _ in threats]
@@ -240,6 +246,9 @@ class _Run:
         images = self.fingerprint.add(x, y)
         x, y = x.to(self.device, self.dtype), y.to(self.device)
         correct = self._clean(x, y, index, images)
+        if (missing := IMAGES - sum(len(labels) for _, labels in self.sample)) > 0:
+            rows = correct.nonzero().squeeze(1)[:missing].to(self.device)
+            self.sample.append((x[rows], y[rows]))
         for number, threat in enumerate(self.threats):
             alive = correct
             for position, (label, attack) in enumerate(self.attacks):
@@ -427,6 +436,12 @@ class _Run:
         )
 
     # -------------------------------------------------------------------------------------------------- result
+
+    def reliability(self) -> dict[str, Any]:
+        """The reliability report under the first threat model."""
+        x, y = (torch.cat(parts) for parts in zip(*self.sample, strict=True))
+        spent = sum(t.forwards + t.backwards for tallies in self.attacked for t in tallies.values())
+        return examine(self.f, x, y, self.threats[0], seed=self.seed, passes=SHARE * spent).to_dict()
 
     def result(self, **known: Any) -> Result:
         n = self.seen
