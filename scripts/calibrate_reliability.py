@@ -1,8 +1,8 @@
 """The figures of every reliability check on every model of a zoo: honest nets, and seven broken defences in three strengths each.
 
-    python scripts/calibrate_reliability.py                                    digits, 16 px, small_cnn: the thresholds were set on this
-    python scripts/calibrate_reliability.py --data fashion --root DIR          Fashion-MNIST: DIR holds fashion-mnist/*.gz
+    python scripts/calibrate_reliability.py                                   digits, 16 px: the thresholds were set on this
     python scripts/calibrate_reliability.py --size 8 --activation silu --width 8
+    python scripts/calibrate_reliability.py --data fashion --root DIR         Fashion-MNIST: DIR holds fashion-mnist/*.gz
 
 The defences are the kinds that fooled attacks in print (Athalye, Carlini, Wagner, ICML 2018; Croce et al., ICML 2022; MeanSparse).
 Each wraps a robust net with batch normalisation and has a check that is meant for it (``MEANT``). Prints one row a model: the
@@ -66,7 +66,8 @@ def fashion(root: Path, train: int = 4000, test: int = 500) -> Images:
     """The first so many images of Fashion-MNIST, from the four original files in ``root``/fashion-mnist."""
 
     def read(name: str, offset: int, count: int, width: int) -> np.ndarray:
-        raw = gzip.open(root / "fashion-mnist" / name).read(offset + count * width)
+        with gzip.open(root / "fashion-mnist" / name) as file:
+            raw = file.read(offset + count * width)
         return np.frombuffer(raw, np.uint8)[offset:].reshape(count, width)
 
     parts = []
@@ -77,10 +78,10 @@ def fashion(root: Path, train: int = 4000, test: int = 500) -> Images:
     return Images(*parts)
 
 
-def trained(data: Images, *, robust: bool, net: str = "small_cnn", steps: int = 360, lr: float = 0.1, **fields: object) -> nn.Module:
-    """A net after ``steps`` steps of SGD on batches of 64, of adversarial training with PGD-5 if ``robust``; in eval mode."""
+def trained(data: Images, *, robust: bool, steps: int = 360, lr: float = 0.1, **fields: object) -> nn.Module:
+    """A small_cnn after ``steps`` steps of SGD on batches of 64, of adversarial training with PGD-5 if ``robust``; in eval mode."""
     torch.manual_seed(0)
-    f = create_model(net, num_classes=10, in_channels=1, **fields)
+    f = create_model("small_cnn", num_classes=10, in_channels=1, **fields)
     attack = build("attack", "pgd", norm="linf", eps=EPS, steps=5)
     optimizer = torch.optim.SGD(f.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -104,10 +105,13 @@ def trained(data: Images, *, robust: bool, net: str = "small_cnn", steps: int = 
 # ----------------------------------------------------------------------------------------------------- broken defences
 
 
+Between = Callable[[Tensor], Tensor] | None
+
+
 class Around(nn.Module):
     """A net between two functions."""
 
-    def __init__(self, f: nn.Module, before: Callable[[Tensor], Tensor] | None = None, after: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, f: nn.Module, before: Between = None, after: Between = None):
         super().__init__()
         self.f, self.before, self.after = f, before, after
 
@@ -233,7 +237,7 @@ def _cell(finding: Finding | None, meant: bool) -> str:
     if finding is None:
         return "-"
     figure = "nan" if finding.figure is None else f"{finding.figure:.3g}"
-    return f"{'*' if meant else ''}{figure}{ {'pass': '', 'warn': ' !', 'fail': ' !!'}[finding.verdict]}"
+    return f"{'*' if meant else ''}{figure}{ {'pass': '', 'warn': ' !', 'fail': ' !!'}[finding.verdict] }"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Can the robust accuracy be believed? Checks of the model and of the attack on it; see :mod:`robustlab.evaluation.reliability.report`."""
+"""Can the robust accuracy be believed? Checks of the model and of the attacks on it; ``report`` says which and why."""
 
 from robustlab.evaluation.reliability.report import Finding, Report, examine
 

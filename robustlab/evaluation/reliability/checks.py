@@ -254,7 +254,7 @@ CHECKS = (
     Check(
         "smoothed_surrogate",
         "share of images that survive PGD and fall to PGD on a smoothed model",
-        "Smoothed gradients attack better than the model's own: attack a copy without its thresholds, and run `autoattack` on that.",
+        "Smoothed gradients attack better than the model's own: attack a copy without its thresholds, and transfer.",
         warn=0.05,
         fail=0.15,
         cost=2 * DRAWS * SMOOTH_STEPS + 1,

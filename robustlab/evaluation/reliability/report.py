@@ -1,9 +1,9 @@
 """The reliability report: whether a robust accuracy can be believed, by what is known to fool attacks.
 
-Athalye, Carlini, Wagner (ICML 2018) and Carlini et al. (arXiv:1902.06705) list the signs of gradients that mislead; AutoAttack's flags
-(Croce, Hein, ICML 2020; Croce et al., ICML 2022) watch for some of them and missed thresholded activations (MeanSparse). The checks
-run on a few dozen images that the model classifies correctly, in full precision and eval mode, and leave weights, buffers, modes and
-the global generators as they were. They look for what is wrong; that they find nothing proves no robustness.
+Athalye, Carlini, Wagner (ICML 2018) and Carlini et al. (arXiv:1902.06705) list the signs of gradients that mislead; AutoAttack's
+flags (Croce, Hein, ICML 2020; Croce et al., ICML 2022) watch for some of them and missed thresholded activations (MeanSparse). The
+checks run on a few dozen images that the model classifies correctly, in full precision and eval mode, and leave weights, buffers,
+modes and the global generators as they were. They look for what is wrong; that they find nothing proves no robustness.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from robustlab.modes import ambient, bn_mode, frozen, unwrap
 from robustlab.types import Classifier, Threat
 
 Verdict = Literal["pass", "warn", "fail"]
-IMAGES, FEWEST, LEAST = 48, 16, 4  # images wanted, images below which checks are dropped instead, images below which nothing is said
+IMAGES = 48  # wanted
+FEWEST = 16  # below it checks are dropped rather than images
+LEAST = 4  # below it nothing is said
 SHARE = 0.1  # of the suite's passes
 NORMS = ("linf", "l2", "l1")
 

@@ -122,7 +122,7 @@ class Smoothed:
         self.subject, self.draws, self.calls = subject, draws, 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        s, total = self.subject, 0.0
+        s, total = self.subject, torch.zeros((), device=x.device, dtype=x.dtype)
         for i in range(self.draws):
             noise = geometry.sample_ball(x.detach(), s.threat.norm, s.threat.eps, s.rng.child("smoothed", self.calls, i))
             total = total + s.differentiable(x + noise).log_softmax(-1)
@@ -151,8 +151,8 @@ class Spy(TorchFunctionMode):
 def random_search(subject: Subject, queries: int) -> Tensor:
     """The margins (n,) after a random search that sees logits alone, ``queries`` forwards.
 
-    In the manner of Square (Andriushchenko et al., ECCV 2020): it starts from random vertical stripes, then tries a square of random
-    signs at a random place, smaller and smaller, and keeps it where the margin grows. It stops for no image.
+    In the manner of Square (Andriushchenko et al., ECCV 2020): it starts from random vertical stripes, then tries a square of
+    random signs at a random place, smaller and smaller, and keeps it where the margin grows. It stops for no image.
     """
     norm, eps, x = subject.threat.norm, subject.threat.eps, subject.x
     _, c, h, w = x.shape
@@ -169,8 +169,8 @@ def random_search(subject: Subject, queries: int) -> Tensor:
     best = subject.margin(x + delta)
     for q in range(1, queries):
         side = max(1, round(min(h, w) * (0.8 * (1 - q / queries)) ** 0.5))
-        corner = subject.rng.child("search", "corner", q).uniform((2,)) * torch.tensor([h - side + 1, w - side + 1], device=x.device)
-        top, left = corner.floor().long().unbind(1)
+        u = subject.rng.child("search", "corner", q).uniform((2,))
+        top, left = (u[:, 0] * (h - side + 1)).long(), (u[:, 1] * (w - side + 1)).long()
         rows = (size[0] >= top[:, None]) & (size[0] < top[:, None] + side)
         columns = (size[1] >= left[:, None]) & (size[1] < left[:, None] + side)
         window = (rows[:, None, :, None] & columns[:, None, None, :]) * signs("square", q, (c, 1, 1))
