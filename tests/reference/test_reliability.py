@@ -1,7 +1,7 @@
 """Seven broken defences in three strengths each are flagged by the check that is meant for them; honest nets are let through.
 
-The thresholds were set on digits at 16 px with small_cnn (scripts/calibrate_reliability.py). Here they meet other images and another
-net: digits at 8 px with a smooth, narrow net always, Fashion-MNIST where ``ROBUSTLAB_TEST_DATA`` names a folder that has it.
+The thresholds were set on digits at 16 px with small_cnn (scripts/calibrate_reliability.py). Here they meet other images and other
+nets: digits at 8 px with a smooth, narrow net always, Fashion-MNIST where ``ROBUSTLAB_TEST_DATA`` names a folder that has it.
 """
 
 from __future__ import annotations
