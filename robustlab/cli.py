@@ -55,17 +55,15 @@ def train(
         plan = commands.dry_run(run)
         console.out.print(to_yaml(dump(run)), markup=False, end="")
         console.out.print(
-            f"\n{plan['parameters']:,} parameters; {plan['images']:,} training images, {plan['steps']} steps an epoch\n"
+            f"\n{console.run_text(run)}\n"
+            f"{plan['parameters']:,} parameters; {plan['images']:,} training images, {plan['steps']} steps an epoch\n"
             f"{plan['forwards']:g} forward and {plan['backwards']:g} backward passes per image and step\n"
             f"about {console.duration(plan['seconds'])} for {run.training.epochs} epochs on {plan['device']} (from 3 timed steps)",
             markup=False,
         )
         return
     folder = out or commands.default_out(config)
-    if _first_process():
-        threat = f"{run.threat.norm} {run.threat.eps:.4g}"
-        console.err.print(f"{run.trainer.name}: {run.model.name} on {run.data.name}, {threat}; writes {folder}", markup=False)
-    with console.TrainingScreen(run.training.probe.steps) as screen:
+    with console.TrainingScreen(run.training.probe.steps, f"{console.run_text(run)}; writes {folder}") as screen:
         outcome = commands.train(
             run,
             folder,
@@ -208,19 +206,27 @@ def add(
 
 
 @app.command("list")
-def list_(kind: Annotated[str, typer.Argument(help="attacks, trainers, models, datasets, suites, corruptions, ...")]) -> None:
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="attacks, trainers, models, datasets, suites, ...; default: the kinds.")
+    ] = None,
+) -> None:
     """List what there is of a kind, one line each."""
-    from robustlab.registry import entries, kind_of, summary
+    from robustlab.registry import FOLDERS, entries, kind_of, plural, summary
     from robustlab.report import console
+    from robustlab.report.explain import plain
     from robustlab.types import Trainer
 
+    if kind is None:
+        console.show_rows(["kind", "names"], [[plural(k), ", ".join(entries(k)) or "-"] for k in FOLDERS])
+        return
     named = entries(kind_of(kind))
     if kind_of(kind) == "trainer":
         columns = ["name", "what it is", "passes per sample", "fidelity"]
-        rows = [[n, summary(c), c.passes, c.fidelity] for n, c in named.items() if issubclass(c, Trainer)]
+        rows = [[n, plain(summary(c)), c.passes, c.fidelity] for n, c in named.items() if issubclass(c, Trainer)]
     else:
-        columns, rows = ["name", "what it is", "source"], [[n, summary(c), c.cite] for n, c in named.items()]
-    console.out.print(console.table("", columns, rows) if console.out.is_terminal else console.columns(columns, rows), markup=False)
+        columns, rows = ["name", "what it is", "source"], [[n, plain(summary(c)), c.cite] for n, c in named.items()]
+    console.show_rows(columns, rows)
 
 
 @app.command()

@@ -353,7 +353,7 @@ def evaluate_one(
     Raises:
         UserError: anything that does not fit, before the first pass.
     """
-    from robustlab.evaluation.runner import evaluate
+    from robustlab.evaluation.runner import evaluate, threats_of
     from robustlab.models.checkpoint import load_model
     from robustlab.results.record import record_from, write_record
 
@@ -387,8 +387,9 @@ def evaluate_one(
     }
     out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
     for suite in suites:
-        own = threat if suite.attacks and not (suite.norms and suite.eps) else None
-        folder = out_model / (suite.name + (f"-{own.norm}-{own.eps:.6g}" if own else ""))
+        threats = threats_of(suite, threat)
+        single = f"-{threats[0].norm}-{threats[0].eps:.6g}" if len(threats) == 1 else ""
+        folder = out_model / f"{suite.name}{single}"
         shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
         result = evaluate(
             f,

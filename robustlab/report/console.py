@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from robustlab.results.leaderboard import format_eps
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -48,18 +50,14 @@ def accuracies_text(event: dict[str, Any], attack: str) -> str:
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
 
 
-class TrainingScreen:
-    """Shows a training run; call it with the loop's events."""
+class _Screen:
+    """Holds the progress line: on a terminal while the context lasts, elsewhere there is none (``_bar`` is None)."""
 
-    def __init__(self, probe_steps: int):
-        self.attack = f"val pgd-{probe_steps}"
+    def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: Any = None
-        self._begun = time.perf_counter()
-        self._first: int | None = None
-        self._note = ""
 
-    def __enter__(self) -> TrainingScreen:
+    def __enter__(self) -> Self:
         if err.is_terminal:
             self._bar = bar()
             self._bar.start()
@@ -69,7 +67,23 @@ class TrainingScreen:
         if self._bar is not None:
             self._bar.stop()
 
+
+class TrainingScreen(_Screen):
+    """Shows a training run under its title; call it with the loop's events. Nothing is shown before the first one."""
+
+    def __init__(self, probe_steps: int, title: str = ""):
+        super().__init__()
+        self._title = title
+        self.attack = f"val pgd-{probe_steps}"
+        self._begun = time.perf_counter()
+        self._first: int | None = None
+        self._total = 1
+        self._terms = self._note = ""
+
     def __call__(self, event: dict[str, Any]) -> None:
+        if self._title:
+            (self._bar.console if self._bar else err).print(self._title, markup=False)
+            self._title = ""
         if event["kind"] == "step":
             self._step(event)
         else:
@@ -103,32 +117,18 @@ class TrainingScreen:
         elif accuracies:
             self._bar.console.print(line, markup=False)
 
-    _terms = ""
-    _total = 1
 
-
-class EvaluationScreen:
+class EvaluationScreen(_Screen):
     """Shows an evaluation; call it with the runner's events."""
 
     def __init__(self, label: str):
+        super().__init__()
         self.label = label
-        self._bar: Progress | None = None
-        self._task: Any = None
         self._suite = ""
-
-    def __enter__(self) -> EvaluationScreen:
-        if err.is_terminal:
-            self._bar = bar()
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:
         threat = event["threat"]
-        where = f" {threat['norm']} {threat['eps']:.4g}" if threat else ""
+        where = f" {threat['norm']} {format_eps(threat['eps'], threat['norm'])}" if threat else ""
         kept = f"{event['correct']} of {event['given']} remain" if threat else f"{event['correct']} of {event['given']} correct"
         text = f"{self.label}  {event['suite']}{where}  batch {event['batch'] + 1}  {event['attack']}: {kept}"
         if self._bar is None:
@@ -142,13 +142,19 @@ class EvaluationScreen:
         self._bar.update(self._task, completed=event["done"], description=f"{self.label}  {event['suite']}", note=text)
 
 
+def run_text(run: Any) -> str:
+    """What a configuration trains, in one line."""
+    what = f"{run.model.name} on {run.data.name}, {run.threat.norm} {format_eps(run.threat.eps, run.threat.norm)}"
+    return f"{run.trainer.name} ({run.trainer.fidelity}): {what}"
+
+
 def record_text(record: Any) -> str:
     """A record in one line per fact."""
     m, n = record.metrics, record.data.n
     lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
     lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
     for t in m.threats:
-        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {t.eps:.4g}")
+        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {format_eps(t.eps, t.norm)}")
     for name, values in m.corruptions.items():
         severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
@@ -193,6 +199,11 @@ def columns(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     grid = [names, *rows]
     widths = [max(len(row[i]) for row in grid) for i in range(len(names))]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in grid)
+
+
+def show_rows(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table: folded to the width of a terminal, one line a row elsewhere."""
+    out.print(table("", names, rows) if out.is_terminal else columns(names, rows), markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Table:

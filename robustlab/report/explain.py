@@ -70,7 +70,7 @@ def explain(cls: type[Part], width: int = 100) -> str:
         column = max(len(name) for name, *_ in fields)
         for name, kind, default, note in fields:
             lines.append(f"    {name:<{column}}  {kind} ({f'default {default}' if default else 'required'})")
-            lines += [f"    {'':<{column}}  {part}" for part in _fill(_plain(note), max(40, width - column - 6))]
+            lines += [f"    {'':<{column}}  {part}" for part in _fill(plain(note), max(40, width - column - 6))]
     if issubclass(cls, Trainer) and all(_has_default(f) for f in dataclasses.fields(cls)):  # type: ignore[arg-type]
         lines += ["", "  parts", *_parts(cls(), "    ")]
     facts = {"use": _USE[cls.kind].format(name=f"{cls.name}:ARCH" if "arch" in type_hints(cls) else cls.name)}
@@ -84,7 +84,7 @@ def explain(cls: type[Part], width: int = 100) -> str:
 def reflow(text: str, width: int) -> list[str]:
     """Paragraphs and lists filled to a width; indented blocks, which are formulas, as they stand."""
     lines: list[str] = []
-    for block in re.split(r"\n\s*\n", _plain(text).strip("\n")):
+    for block in re.split(r"\n\s*\n", plain(text).strip("\n")):
         rows = block.splitlines()
         if rows[0].startswith("- "):
             for item in re.split(r"\n(?=- )", block):
@@ -101,7 +101,7 @@ def _fill(text: str, width: int, subsequent_indent: str = "") -> list[str]:
     return textwrap.wrap(text, width, subsequent_indent=subsequent_indent, break_on_hyphens=False, break_long_words=False)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Names between single quotes, and configurations' word for None."""
     return re.sub(r"\bNone\b", "null", re.sub(r"``([^`]*)``", r"'\1'", text))
 

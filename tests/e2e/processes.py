@@ -1,5 +1,6 @@
 """Real command lines in processes of their own, forked from a warm one: an import of torch costs more than a run here."""
 
+import errno
 import multiprocessing
 import os
 import pkgutil
@@ -38,7 +39,8 @@ class Command:
     def __init__(self, args, log, env=None, prepare=None):
         self.log = Path(log)
         self.log.unlink(missing_ok=True)
-        self.process = context.Process(target=_main, args=([str(a) for a in args], str(log), dict(env or {}), prepare))
+        arguments = [str(a) for a in args], str(log), dict(env or {}), prepare
+        self.process = context.Process(target=_main, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self, seconds=120):
@@ -62,6 +64,74 @@ class Command:
 
     def said(self):
         return self.log.read_text() if self.log.exists() else ""
+
+    def complaint(self):
+        """The one line of complaint, which is the last that it says."""
+        lines = self.said().splitlines()
+        assert [line.startswith("robustlab: ") for line in lines] == [False] * (len(lines) - 1) + [True], lines
+        assert "Traceback" not in self.said()
+        return lines[-1]
+
+
+class Dying:
+    """A file whose first write is cut in half, as the process is."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        os._exit(9)
+
+
+class Full(Dying):
+    """A file on a disk that fills up."""
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def at_write(number, moment, marker=None):
+    """In this process: something happens at the ``number``-th atomic write.
+
+    It dies ``before`` the write, in its ``middle``, when the new file is ``written`` beside the old one, or ``after``; finds the
+    disk ``full``; is interrupted from the keyboard (``ctrl-c``); or stops (``stop``), once the file ``marker`` exists.
+    """
+    from robustlab import files
+
+    count, replace = 0, os.replace
+
+    def opening(path, mode):
+        nonlocal count
+        count += 1
+        if count == number and moment == "before":
+            os._exit(9)
+        if count == number and moment == "ctrl-c":
+            os.kill(os.getpid(), signal.SIGINT)
+        if count == number and moment == "stop":
+            Path(marker).touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        file = open(path, mode)  # noqa: SIM115 - handed on
+        return {"middle": Dying, "full": Full}.get(moment, lambda f: f)(file) if count == number else file
+
+    def replacing(source, target):
+        if count == number and moment == "written":
+            os._exit(9)
+        replace(source, target)
+        if count == number and moment == "after":
+            os._exit(9)
+
+    files.open = opening
+    os.replace = replacing
 
 
 def free_port():

@@ -76,7 +76,7 @@ def test_train_writes_a_run(here, capsys):
         for name in (".lock", "config.yaml", "metrics.jsonl", "best.safetensors", "last.safetensors", "state.safetensors")
     }
     lines = shown.err.splitlines()
-    assert lines[0] == "pgd-at: small_cnn on digits, linf 0.1; writes run"
+    assert lines[0] == "pgd-at (paper-verified): small_cnn on digits, linf 0.1; writes run"
     assert [re.sub(r"\d+(\.\d+)?", "#", line) for line in lines[1:3]] == [
         "epoch   #  lr #  loss #  val clean #%  val pgd-# #%  # img/s  eta #s"
     ] * 2
@@ -281,8 +281,17 @@ def test_list(kind, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("name ")
     assert [line.split()[0] for line in lines[1:]] == list(entries(kind))
-    assert len({line.index(word) for line, word in [(lines[0], "what it is")]}) == 1
+    column = lines[0].index("what it is")
+    assert all(line[column - 2 : column] == "  " and line[column] != " " for line in lines[1:])
+    assert "``" not in "\n".join(lines)
     assert run(["list", kind]) == 0
+
+
+def test_list_without_a_kind_shows_the_kinds(capsys):
+    assert run(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [plural(kind) for kind in FOLDERS]
+    assert re.search(r"^attacks .*\bpgd\b", "\n".join(lines), re.M)
 
 
 def test_list_of_an_unknown_kind(capsys):
