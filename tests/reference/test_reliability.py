@@ -74,6 +74,7 @@ def test_the_gradients_path_sees_what_no_attack_here_does(small):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_broken_defences_are_flagged_on_fashion_mnist(clothes):
     hits = flagged(clothes)
     assert len(hits) == 21
@@ -81,6 +82,7 @@ def test_broken_defences_are_flagged_on_fashion_mnist(clothes):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_eight_honest_nets_are_let_through(clothes):
     data = digits(16)
     nets = honest(data)

@@ -110,7 +110,8 @@ def test_a_model_that_looks_at_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("after", "share"), [(lambda z: z.softmax(-1), 1), (lambda z: z.log_softmax(-1), 0), (lambda z: z / 99, 0)]
+    ("after", "share"),
+    [(lambda z: z.softmax(-1), 1), (lambda z: z.log_softmax(-1), 0), (lambda z: z / 99, 0), (lambda z: z.sigmoid(), 0)],
 )
 def test_probabilities(after, share):
     assert figure(Net(after=after), "probabilities") == share
@@ -141,11 +142,22 @@ def test_gradients_that_say_nothing(before):
     assert (found["gradients"].figure, found["gradients"].verdict) == (1, "fail")
 
 
-@pytest.mark.parametrize("by", [0.5, 2.0, 0.0])
+@pytest.mark.parametrize("by", [0.5, 2.0, 0.0, -1.0])
 def test_a_gradient_that_tells_half_the_change_or_twice(by):
     """The net is linear, so |change - by change| / max(change, by change) is known."""
     f = Net(before=lambda x: Scaled.apply(x, by), classes=2)
-    assert figure(f, "gradient_path") == pytest.approx(abs(1 - by) / max(1, by), abs=1e-5)
+    assert figure(f, "gradient_path") == pytest.approx(abs(1 - by) / max(1, abs(by)), abs=1e-5)
+
+
+def test_gradients_are_added_up_along_the_way():
+    """Middles of pieces are exact for a quadratic; the gradient at one end is not."""
+    assert figure(Net(before=lambda x: 2 * x * x, classes=2), "gradient_path", threat=Threat("linf", 0.4)) < 1e-4
+
+
+def test_logits_that_are_no_numbers_are_no_answer():
+    f, x = Net(before=lambda x: torch.where(x[:, :1, :1, :1] > 0.5, torch.nan, x)).eval(), images()
+    margin = Subject.of(f, x, torch.zeros(20, dtype=torch.long), LINF, seed=0).margin(x)
+    assert margin.isposinf().tolist() == (x[:, 0, 0, 0] > 0.5).tolist()
 
 
 def test_a_gradient_that_points_the_wrong_way():
@@ -287,6 +299,13 @@ def test_nothing_is_left_behind(fails, monkeypatch):
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(x, copies[0])
     assert torch.equal(labels, copies[1])
+
+
+def test_a_model_left_in_train_mode_is_examined_in_eval_mode():
+    f, x = Net(before=nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(0.5)), classes=2).train(), images()
+    with torch.no_grad():
+        labels = f.eval()(x).argmax(1)
+    assert examine(f.train(), x, labels, LINF).verdict == "pass"
 
 
 def test_same_seed_same_report():
