@@ -14,6 +14,8 @@ from torch import nn
 
 from scripts.calibrate_reliability import MEANT, broken, digits, fashion, honest, report
 
+pytestmark = pytest.mark.timeout(900)  # the zoo is trained in a fixture
+
 
 class Zoo:
     """Honest nets by name, images, and the findings on the broken defences around the first."""
@@ -74,7 +76,6 @@ def test_the_gradients_path_sees_what_no_attack_here_does(small):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_broken_defences_are_flagged_on_fashion_mnist(clothes):
     hits = flagged(clothes)
     assert len(hits) == 21
@@ -82,7 +83,6 @@ def test_broken_defences_are_flagged_on_fashion_mnist(clothes):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_eight_honest_nets_are_let_through(clothes):
     data = digits(16)
     nets = honest(data)

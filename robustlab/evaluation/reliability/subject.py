@@ -69,13 +69,9 @@ class Subject:
         return torch.where(m.isnan(), torch.full_like(m, torch.inf), m)
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """As ``f``, with the gradient zero where there is none or it is not a number."""
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return self.f(x)
-        x = x.view_as(x)
-        x.register_hook(lambda g: g.nan_to_num(0.0, 0.0, 0.0))
+        """As ``f``, with a gradient of zero where there is no way back to the images."""
         z = self.f(x)
-        return z if z.requires_grad else z + 0 * x.flatten(1).sum(1, keepdim=True)
+        return z + 0 * x.flatten(1).sum(1, keepdim=True) if x.requires_grad and not z.requires_grad else z
 
     def slope(self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """The gradient of a loss with respect to the images as autograd has it; zero where there is no way back to them."""
