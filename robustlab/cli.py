@@ -113,6 +113,10 @@ def evaluate(
     reliability: Annotated[
         bool, typer.Option(help="Examine whether the attacks' verdicts can be believed; at most 10 % of their passes more.")
     ] = True,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="One of N pieces, such as 2/5; then `robustlab merge`.")] = None,
+    save_adversarial: Annotated[
+        Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
@@ -124,6 +128,9 @@ def evaluate(
     radius = read_radius(eps)
     if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
         raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    piece = read_shard(shard)
+    if save_adversarial is not None and len(models) > 1:
+        raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
     done = []
     for model in models:
         with console.EvaluationScreen(commands.model_label(model)) as screen:
@@ -142,6 +149,8 @@ def evaluate(
                 out=out,
                 resume=resume,
                 reliability=reliability,
+                shard=piece,
+                save_adversarial=save_adversarial,
                 progress=screen,
             )
     if as_json:
@@ -152,13 +161,76 @@ def evaluate(
         console.out.print(f"  {path}", markup=False, style="dim")
 
 
+@app.command()
+def merge(
+    ledgers: Annotated[list[Path], typer.Argument(help="The ledgers of all shards, or their folders.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write into; default: the one that holds the shards' folders.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Put the shards of an evaluation together: the ledger and record that a single run writes."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    record, path = commands.merge(ledgers, out)
+    if as_json:
+        print(json.dumps(record.model_dump(mode="json"), indent=2))
+        return
+    console.out.print(console.record_text(record), markup=False)
+    console.out.print(f"  {path}", markup=False, style="dim")
+
+
+@app.command()
+def rescore(
+    files: Annotated[
+        list[Path], typer.Argument(help="Adversarial images, .npz or .safetensors, as --save-adversarial writes them.")
+    ],
+    model: Annotated[str, typer.Option(help="A checkpoint, timm:NAME, torchvision:NAME or package.module:callable.")],
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2, l1 or l0; default: what the file says.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255; default: what the file says.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 128,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Score a model on saved adversarial images: projected on ball and box, in eval mode and float32."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    radius = read_radius(eps)
+    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+    root = str(data_root) if data_root else None
+    found = commands.rescore(files, model, data=data, data_root=root, norm=norm, eps=radius, batch_size=batch_size, device=device)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    console.out.print(console.rescored_text(found), markup=False)
+
+
+def read_shard(text: str | None) -> tuple[int, int] | None:
+    """``2/5`` as (2, 5).
+
+    Raises:
+        UserError: anything else.
+    """
+    if text is None:
+        return None
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--shard {text}: expected i/n with 1 <= i <= n, such as 2/5")
+    return int(first), int(last)
+
+
 def read_radius(text: str | None) -> float | None:
     """``0.1`` or ``8/255`` as a number.
 
     Raises:
         UserError: neither.
     """
-    from robustlab.config import numbers
+    from robustlab.hints import numbers
 
     if text is None:
         return None

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import shlex
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from robustlab import registry
 from robustlab.config import Config, dump
 from robustlab.files import atomic_write, exclusive, sha256
 from robustlab.modes import bn_mode, frozen
+from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
 from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
@@ -308,7 +311,7 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
     trained: dict[str, Any] = dict((meta or {}).get("config", {}).get("data", {}))
     if name is None and not trained:
         raise UserError("this model does not say which data it is for: give --data, for example --data digits")
-    spec = configuration.parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
+    spec = parse(name, "--data").plain() if name is not None else {"name": trained["name"]}
     spec = {"name": spec} if isinstance(spec, str) else spec
     if not isinstance(spec, dict):
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
@@ -316,6 +319,25 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
         spec = {**trained, **spec}
     spec.pop("augment", None)
     return configuration.build("dataset", spec | ({"root": root} if root else {}))
+
+
+def load_pair(
+    spec: str, data: str | None, data_root: str | None, device: torch.device
+) -> tuple[nn.Module, dict[str, Any] | None, Dataset, Splits]:
+    """A model, what its checkpoint says, and the data set to score it on, loaded.
+
+    Raises:
+        UserError: either cannot be had, or they differ in their number of classes.
+    """
+    from robustlab.models.checkpoint import load_model
+
+    f = load_model(spec, device)
+    meta: dict[str, Any] | None = getattr(f, "robustlab_meta", None)
+    part = choose_data(data, meta, data_root)
+    splits = part.load()
+    if meta is not None and splits.num_classes != meta["num_classes"]:
+        raise UserError(f"{spec}: the model has {meta['num_classes']} classes, the data set '{part.name}' {splits.num_classes}")
+    return f, meta, part, splits
 
 
 def evaluate_one(
@@ -334,6 +356,8 @@ def evaluate_one(
     out: Path = Path("evaluations"),
     resume: bool = False,
     reliability: bool = True,
+    shard: tuple[int, int] | None = None,
+    save_adversarial: Path | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
@@ -343,9 +367,11 @@ def evaluate_one(
         suites: what to run; empty means what the model's own configuration names.
         data, data_root: see :func:`choose_data`.
         norm, eps: the threat model; None takes the one that the model was trained for.
-        seed, num_examples, batch_size, precision, resume, reliability, progress: as in ``evaluation.runner.evaluate``.
+        seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
+            ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
         out: folder; a result lies in ``out/<model>/<suite>``.
+        shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
 
     Returns:
         (record, its path) for each suite, in order.
@@ -354,21 +380,17 @@ def evaluate_one(
         UserError: anything that does not fit, before the first pass.
     """
     from robustlab.evaluation.runner import evaluate, threats_of
-    from robustlab.models.checkpoint import load_model
     from robustlab.results.record import record_from, write_record
 
     where = torch_device(device)
-    f = load_model(spec, where)
-    meta: dict[str, Any] | None = getattr(f, "robustlab_meta", None)
-    part = choose_data(data, meta, data_root)
-    splits = part.load()
-    if meta is not None and splits.num_classes != meta["num_classes"]:
-        raise UserError(f"{spec}: the model has {meta['num_classes']} classes, the data set '{part.name}' {splits.num_classes}")
+    f, meta, part, splits = load_pair(spec, data, data_root, where)
     known = (meta or {}).get("config", {})
     if not suites:
         suites = [configuration.load_suite(name) for name in known.get("evaluation", {}).get("suites", [])]
     if not suites:
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
+    if save_adversarial is not None and len(suites) > 1:
+        raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -389,7 +411,7 @@ def evaluate_one(
     for suite in suites:
         threats = threats_of(suite, threat)
         single = f"-{threats[0].norm}-{threats[0].eps:.6g}" if len(threats) == 1 else ""
-        folder = out_model / f"{suite.name}{single}"
+        folder = out_model / f"{suite.name}{single}" / (f"shard-{shard[0]}-of-{shard[1]}" if shard else "")
         shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
         result = evaluate(
             f,
@@ -404,6 +426,8 @@ def evaluate_one(
             out=folder,
             resume=resume,
             reliability=reliability,
+            shard=shard,
+            save_adversarial=save_adversarial,
             progress=shown,
         )
         record = record_from(
@@ -414,11 +438,101 @@ def evaluate_one(
             config=(meta or {}).get("config_path"),
             commit=commit(),
         )
-        path = folder / "record.json"
+        path = folder / (SHARD_RECORD if shard else "record.json")
         if not (path.exists() and _same_but_time(path, record)):
             write_record(path, record)
         results.append((record, path))
     return results
+
+
+SHARD_RECORD = "shard.json"  # not record.json: a piece is no result, and boards collect results
+
+
+def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
+    """Put the ledgers of all shards of an evaluation together; writes the ledger and record that a single run writes.
+
+    Args:
+        ledgers: of the shards, or the folders that hold them.
+        out: the folder to write to; None is the folder that the shards' folders lie in.
+
+    Returns:
+        The record and its path.
+
+    Raises:
+        UserError: shards that overlap, are missing, unfinished or of different evaluations; a result is there already.
+    """
+    from robustlab.evaluation import shards
+    from robustlab.results.record import read_record, record_from, write_record
+
+    paths = [path / "ledger.jsonl" if path.is_dir() else path for path in ledgers]
+    header, entries = shards.merge(paths)
+    records = [read_record(path.with_name(SHARD_RECORD)) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if record.provenance.ledger != sha256(path):
+            raise UserError(f"{path}: not the ledger that {path.with_name(SHARD_RECORD)} was made from; go on with it: --resume")
+        if record.data.fingerprint != records[0].data.fingerprint:
+            raise UserError(f"{path}: a shard of other images than {paths[0]}")
+    folder = out or paths[0].parent.parent
+    if out is None and not all(path.parent.name.startswith("shard-") and path.parent.parent == folder for path in paths):
+        raise UserError("merge: these shards do not lie in one folder: give --out")
+    first = records[0]
+    ledger = shards.write(folder, header, entries)
+    result = shards.result_of(
+        header, entries, fingerprint=first.data.fingerprint, environment=first.environment, ledger=str(ledger)
+    )
+    known = first.model.model_dump(exclude={"hash"})
+    data = {"name": first.data.name, "split": first.data.split}
+    record = record_from(
+        result, model=known, data=data, command=command_line(), config=first.provenance.config, commit=first.provenance.commit
+    )
+    return record, write_record(folder / "record.json", record)
+
+
+def rescore(
+    files: Sequence[Path],
+    spec: str,
+    *,
+    data: str | None = None,
+    data_root: str | None = None,
+    norm: str | None = None,
+    eps: float | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+) -> Any:
+    """Score a model on files of adversarial images (several: those of the shards of one evaluation).
+
+    Args:
+        files: ``.npz`` or ``.safetensors``; see ``evaluation.adversarial``.
+        spec, data, data_root, batch_size, device: as in :func:`evaluate_one`.
+        norm, eps: the threat model; None takes the one that the file names, else the one that the model was trained for.
+
+    Returns:
+        ``evaluation.rescore.Rescored``.
+
+    Raises:
+        UserError: a file that cannot be read, or does not fit the data.
+    """
+    from robustlab.evaluation.adversarial import Images
+    from robustlab.evaluation.rescore import rescore
+
+    where = torch_device(device)
+    named = next(Images(file).threat() for file in files)
+    f, meta, _, splits = load_pair(spec, data, data_root, where)
+    threat = None  # each file's own
+    if named is None or norm is not None or eps is not None:
+        known = dump(named) if named is not None else (meta or {}).get("threat", {})
+        norm = norm or known.get("norm")
+        eps = eps if eps is not None else known.get("eps") if norm == known.get("norm") else None
+        try:
+            threat = Threat(norm, eps) if norm is not None and eps is not None else None  # type: ignore[arg-type]
+        except ValueError as error:
+            raise UserError(f"--eps: {error}") from None
+        if threat is None:
+            raise UserError(
+                f"{files[0]}: give --norm and --eps; neither the file nor the model names a radius for {norm or 'a norm'}"
+            )
+    scored = [rescore(f, splits.test, file, threat=threat, batch_size=batch_size, device=where) for file in files]
+    return functools.reduce(operator.add, scored)
 
 
 def _same_but_time(path: Path, record: Any) -> bool:

@@ -14,12 +14,7 @@ mapping ``{craft: {...}}`` changes the parts that it names. Any number may be a 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import errno
-import functools
 import math
-import re
-import types as pytypes
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +23,10 @@ from typing import Annotated, Any, Literal
 
 import annotated_types
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
-from robustlab.registry import entries, lookup, nearest, plural
+from robustlab.hints import FRACTION, LARGEST, a, adapter, choices_of, describe, fits, numbers, options_of, spoken, type_hints
+from robustlab.nodes import Dumper, Node, item_name, merge, override, place, position, read, shape
+from robustlab.registry import entries, lookup, nearest
 from robustlab.types import (
     Count,
     Dataset,
@@ -160,310 +156,6 @@ class Config:
 
 DEFAULTS: dict[str, Any] = {"optimizer": "sgd", "schedule": "cosine"}
 
-# ------------------------------------------------------------------------------------------------------------ reading
-
-
-@dataclass(frozen=True)
-class Node:
-    """A value with the place it was written at; mappings and lists hold further nodes."""
-
-    value: Any
-    file: str
-    line: int
-
-    def plain(self) -> Any:
-        if isinstance(self.value, dict):
-            return {k: v.plain() for k, v in self.value.items()}
-        if isinstance(self.value, list):
-            return [v.plain() for v in self.value]
-        return self.value
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML with the plain scalars of YAML 1.2's core schema, and no others."""
-
-    yaml_implicit_resolvers = {}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes a word only where :class:`_Loader` would read something else."""
-
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_TAG = "tag:yaml.org,2002:"
-for _type, _first, _regex in (
-    ("null", ["~", "n", "N", ""], r"~|null|Null|NULL|"),
-    ("bool", list("tTfF"), r"true|True|TRUE|false|False|FALSE"),
-    ("int", list("-+0123456789"), r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"),
-    (
-        "float",
-        list("-+.0123456789"),
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-    ),
-):
-    _Loader.add_implicit_resolver(_TAG + _type, re.compile(rf"(?:{_regex})\Z"), _first)
-
-_SCALARS = {_TAG + t for t in ("str", "int", "float", "bool", "null")}
-_MOST_NODES = 20_000
-_MOST_CHARACTERS = 250_000
-_MOST_LEVELS = 50
-_LARGEST = 3e38  # float32 ends a little above
-
-
-def parse(text: str, file: str) -> Node:
-    """YAML text as nodes.
-
-    Raises:
-        UserError: not YAML; a tag, a cycle, a duplicate key, a key that is no word; too many nodes.
-    """
-    if len(text) > _MOST_CHARACTERS:
-        raise UserError(f"{file}: more than {_MOST_CHARACTERS:,} characters; not a configuration")
-    try:
-        loader = _Loader(text)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{file}:{line}: not a text file: it contains the character U+{int(error.character):04X}") from None
-    try:
-        root = loader.get_single_node()
-        return Node(None, file, 1) if root is None else _convert(root, file, (), [0])
-    except UserError:
-        raise
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        problem = str(error.problem or error.context)
-        what = f"{error.context}, {problem}" if problem.startswith("but ") else problem
-        raise UserError(f"{file}:{mark.line + 1 if mark else 1}: not valid YAML: {what}") from None
-    except (ValueError, OverflowError):  # such as the escape "\\Uffffffff"
-        raise UserError(f"{file}:{loader.line + 1}: not valid YAML: an escape that stands for no character") from None
-    except RecursionError:
-        raise UserError(f"{file}:{loader.line + 1}: nested more than {_MOST_LEVELS} levels deep") from None
-    finally:
-        loader.dispose()
-
-
-def _convert(node: yaml.Node, file: str, above: tuple[int, ...], count: list[int]) -> Node:
-    line = node.start_mark.line + 1
-    count[0] += 1
-    if count[0] > _MOST_NODES:
-        raise UserError(f"{file}:{line}: more than {_MOST_NODES} values; aliases that multiply?")
-    if id(node) in above:
-        raise UserError(f"{file}:{line}: an alias refers to the value that contains it")
-    if len(above) > _MOST_LEVELS:
-        raise UserError(f"{file}:{line}: nested more than {_MOST_LEVELS} levels deep")
-    above = (*above, id(node))
-    if isinstance(node, yaml.ScalarNode):
-        if node.tag not in _SCALARS:
-            raise UserError(f"{file}:{line}: {_no_tag(node)}")
-        return Node(_scalar(node, file, line), file, line)
-    if isinstance(node, yaml.SequenceNode):
-        if node.tag != _TAG + "seq":
-            raise UserError(f"{file}:{line}: {_no_tag(node)}")
-        return Node([_convert(child, file, above, count) for child in node.value], file, line)
-    if node.tag != _TAG + "map":
-        raise UserError(f"{file}:{line}: {_no_tag(node)}")
-    out: dict[str, Node] = {}
-    for key_node, child in node.value:
-        at = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in _SCALARS:
-            raise UserError(f"{file}:{at}: a key must be a word")
-        key = str(key_node.value)
-        if not key.isprintable() or len(key) > 100:
-            raise UserError(f"{file}:{at}: a key must be a word")
-        if key in out:
-            raise UserError(f"{file}:{at}: {key}: this key stands twice (first in line {out[key].line})")
-        converted = _convert(child, file, above, count)
-        out[key] = Node(converted.value, file, at)
-    return Node(out, file, line)
-
-
-def _no_tag(node: yaml.Node) -> str:
-    return f"the tag '{node.tag.replace(_TAG, '!!')}' is not allowed; a configuration holds plain values only"
-
-
-_KINDS = {"int": "whole number", "float": "number", "bool": "truth value", "null": "null"}
-
-
-def _scalar(node: yaml.ScalarNode, file: str, line: int) -> Any:
-    kind, text = node.tag.removeprefix(_TAG), str(node.value)
-    try:
-        if kind == "null":
-            return None
-        if kind == "bool":
-            return {"true": True, "false": False}[text.lower()]
-        if kind == "int":
-            value = int(text, 0 if text[:2] in ("0x", "0o") else 10)
-            if abs(value) >= 2**63:
-                raise OverflowError
-            return value
-        if kind == "float":
-            return float(re.sub(r"^([-+]?)\.(?=[iInN])", r"\1", text))
-    except (KeyError, ValueError, OverflowError):
-        large = kind == "int" and text.lstrip("+-")[:1].isdigit()
-        raise UserError(f"{file}:{line}: {_short(text)} is {'too large a number' if large else f'no {_KINDS[kind]}'}") from None
-    return text
-
-
-def read(path: str | Path, _above: tuple[Path, ...] = ()) -> Node:
-    """A YAML file as nodes, with its ``extends`` merged in.
-
-    Raises:
-        UserError: the file cannot be read, is empty, is a list, or extends itself.
-    """
-    path = Path(path)
-    file = str(path)
-    node = parse(_text(path), file)
-    if node.value is None:
-        raise UserError(f"{file}:1: the file is empty; expected a mapping such as 'trainer: pgd-at'")
-    if not isinstance(node.value, dict):
-        raise UserError(f"{file}:{node.line}: expected a mapping such as 'trainer: pgd-at', got {_shape(node)}")
-    base = node.value.pop("extends", None)
-    if base is not None:
-        if not isinstance(base.value, str):
-            raise UserError(f"{file}:{base.line}: extends: expected a path, got {_shape(base)}")
-        target = path.parent / base.value
-        if not _is_file(target):
-            raise UserError(f"{file}:{base.line}: extends: no such file {_short(str(target))}{_near_file(target)}")
-        here = (*_above, path.resolve())
-        if target.resolve() in here:
-            way = " -> ".join(p.name for p in (*here[here.index(target.resolve()) :], target))
-            raise UserError(f"{file}:{base.line}: extends: a file cannot extend itself: {way}")
-        node = merge(read(target, here), node)
-    return node
-
-
-def _text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise OSError(errno.EINVAL, "not a file")
-        with open(path, "rb") as source:
-            raw = source.read(4 * _MOST_CHARACTERS + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read: {reason}{_near_file(path)}") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start > 4 * _MOST_CHARACTERS - 4:
-            return raw.decode("utf-8", "replace")
-        raise UserError(f"{path}:{raw.count(10, 0, error.start) + 1}: not a text file in UTF-8") from None
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that is too long, or a folder that may not be read
-        return False
-
-
-def _near_file(path: Path) -> str:
-    try:
-        names = {p.stem: p for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml") and p.name != path.name}
-    except (OSError, ValueError):
-        return ""
-    close = difflib.get_close_matches(path.stem, names, n=1, cutoff=0.5)
-    return f" (did you mean '{names[close[0]]}'?)" if close else ""
-
-
-def merge(base: Node, over: Node) -> Node:
-    """Mappings merge key by key, everything else replaces. A part with another name replaces the whole part.
-
-    A mapping without a name, laid over a list of parts, changes the parts that it names.
-
-    Raises:
-        UserError: the list has no part of that name, or several.
-    """
-    if isinstance(base.value, list) and isinstance(over.value, dict) and over.value and "name" not in over.value:
-        items = list(base.value)
-        for name, node in over.value.items():
-            i = _position(base, name)
-            if i is None:
-                raise UserError(f"{_place(node)}{name}: {_no_item(base, name)}")
-            items[i] = merge(items[i], node)
-        return Node(items, base.file, base.line)
-    if not isinstance(base.value, dict) or not isinstance(over.value, dict):
-        if isinstance(over.value, dict) and isinstance(base.value, str) and "name" not in over.value:
-            base = Node({"name": base}, base.file, base.line)  # `trainer: pgd-at` and then fields of it
-        else:
-            return over
-    names = [n.value["name"].value if "name" in n.value else None for n in (base, over)]
-    if names[1] is not None and names[0] != names[1]:
-        return over
-    out = dict(base.value)
-    for key, node in over.value.items():
-        out[key] = merge(out[key], node) if key in out else node
-    return Node(out, over.file, over.line)
-
-
-def _place(node: Node) -> str:
-    """``file:line: ``, or nothing where a value comes from no file."""
-    return f"{node.file}: " if node.file.startswith("--set") else f"{node.file}:{node.line}: " if node.file else ""
-
-
-def _item_name(item: Node) -> Any:
-    named = item.value.get("name") if isinstance(item.value, dict) else item
-    return named.value if named is not None else None
-
-
-def _position(items: Node, key: str) -> int | None:
-    """Which item of a list a key means: its position or its name; None if there is no such item, or more than one."""
-    if key.isdecimal():
-        return int(key) if len(key) < 10 and int(key) < len(items.value) else None
-    found = [i for i, item in enumerate(items.value) if _item_name(item) == key]
-    return found[0] if len(found) == 1 else None
-
-
-def _no_item(items: Node, key: str) -> str:
-    names = [n if isinstance(n := _item_name(item), str) else str(i) for i, item in enumerate(items.value)]
-    if names.count(key) > 1:
-        return f"this list has '{key}' more than once; name the position, from 0"
-    return f"no such item{nearest(key, names)}; this list has: {', '.join(names) or 'nothing'}"
-
-
-def override(root: Node, settings: Sequence[str]) -> Node:
-    """Apply ``a.b=c`` settings; a step of the path may be a list index. The value is read as YAML.
-
-    Raises:
-        UserError: not of the form ``a.b=c``, or a path through something that is no mapping.
-    """
-    for setting in settings:
-        path, found, text = setting.partition("=")
-        keys = path.strip().split(".")
-        if not found or not all(keys):
-            raise UserError(f"--set {setting}: expected key.key=value, for example training.epochs=20")
-        leaf = parse(text, f"--set {setting}")
-        try:
-            root = _put(root, keys, leaf)
-        except UserError as error:
-            raise UserError(f"--set {setting}: {error}") from None
-    return root
-
-
-def _put(node: Node, keys: list[str], leaf: Node) -> Node:
-    if not keys:
-        return merge(node, leaf)
-    head, rest = keys[0], keys[1:]
-    here = Node(None, leaf.file, 1)
-    if isinstance(node.value, list):
-        i = _position(node, head)
-        if i is None:
-            raise UserError(f"{head}: {_no_item(node, head)}")
-        items = list(node.value)
-        items[i] = _put(items[i], rest, leaf)
-        return Node(items, node.file, node.line)
-    if isinstance(node.value, str):
-        node = Node({"name": node}, node.file, node.line)
-    elif node.value is None:
-        node = Node({}, leaf.file, 1)
-    elif not isinstance(node.value, dict):
-        raise UserError(f"'{head}' lies inside {_shape(node)}, which has no keys")
-    child = node.value.get(head, here)
-    return Node({**node.value, head: _put(child, rest, leaf)}, node.file, node.line)
-
-
 # ----------------------------------------------------------------------------------------------------------- building
 
 
@@ -476,7 +168,7 @@ class _Builder:
         self.epochs = epochs
 
     def fail(self, node: Node, path: str, message: str) -> None:
-        self.errors.append(_place(node) + ": ".join(s for s in (path, message) if s))
+        self.errors.append(place(node) + ": ".join(s for s in (path, message) if s))
 
     def times(self) -> list[float]:
         """Epochs at which schedules are tried out."""
@@ -488,7 +180,7 @@ class _Builder:
         if isinstance(fields, str):
             fields = {"name": node}
         if not isinstance(fields, dict):
-            self.fail(node, path, f"expected the name of {a(spoken(kind))} or a mapping with one, got {_shape(node)}")
+            self.fail(node, path, f"expected the name of {a(spoken(kind))} or a mapping with one, got {shape(node)}")
             return None
         extra: dict[str, Any] = {}
         if cls is None:
@@ -496,7 +188,7 @@ class _Builder:
                 named = fields["name"]
                 if not isinstance(named.value, str):
                     self.fail(
-                        named, f"{path}.name" if path else "name", f"expected the name of {a(spoken(kind))}, got {_shape(named)}"
+                        named, f"{path}.name" if path else "name", f"expected the name of {a(spoken(kind))}, got {shape(named)}"
                     )
                     return None
                 name, colon, arch = named.value.partition(":")
@@ -554,7 +246,7 @@ class _Builder:
 
     def value(self, hint: Any, node: Node, default: Any, path: str) -> Any:
         """One field's value."""
-        options = _options(hint)
+        options = options_of(hint)
         if node.value is None and type(None) in options:
             return None
         for option in options:
@@ -563,7 +255,7 @@ class _Builder:
                 return self.part(bare.kind, node, default if isinstance(default, Part) else None, path)
             if isinstance(bare, type) and dataclasses.is_dataclass(bare):
                 if not isinstance(node.value, dict):
-                    self.fail(node, path, f"expected a mapping, got {_shape(node)}")
+                    self.fail(node, path, f"expected a mapping, got {shape(node)}")
                     return None
                 return self.fields(bare, node.value, node, default, path)
             inner = typing.get_args(bare)
@@ -594,7 +286,7 @@ class _Builder:
         self.may_vary = outer
         for t in self.times() if schedule is not None else ():
             value = schedule.at(t, self.epochs)
-            if not _fits(hint, value):
+            if not fits(hint, value):
                 self.fail(node, path, f"expected {describe(hint)}, but the schedule gives {value:g} at epoch {t:g}")
                 return None
         return schedule
@@ -616,37 +308,23 @@ class _Builder:
         items = node.value if isinstance(node.value, list) else [node]
         out = []
         for i, item in enumerate(items):
-            named = _item_name(item)
+            named = item_name(item)
             start = by_name.get(named) if isinstance(named, str) else None
             out.append(self.part(kind, item, start, f"{path}.{i}"))
         return tuple(out)
 
     def leaf(self, hint: Any, node: Node, path: str) -> Any:
         raw = numbers(node.plain(), hint)
-        if _fits(hint, raw):
+        if fits(hint, raw):
             return adapter(hint).validate_python(raw)
-        choices = [str(c) for option in _options(hint) for c in _choices(option)]
+        choices = [str(c) for option in options_of(hint) for c in choices_of(option)]
         near = nearest(raw, choices) if choices and isinstance(raw, str) else ""
-        if any(typing.get_origin(option) is tuple for option in _options(hint)) and not isinstance(raw, dict | list | None):
+        if any(typing.get_origin(option) is tuple for option in options_of(hint)) and not isinstance(raw, dict | list | None):
             near = f" (write [{node.value}])"
-        if isinstance(raw, int | float) and math.isfinite(raw) and abs(raw) > _LARGEST:
+        if isinstance(raw, int | float) and math.isfinite(raw) and abs(raw) > LARGEST:
             near = ", which float32 cannot hold"
-        self.fail(node, path, f"expected {describe(hint)}, got {_shape(node)}{near}")
+        self.fail(node, path, f"expected {describe(hint)}, got {shape(node)}{near}")
         return None
-
-
-def _fits(hint: Any, raw: Any) -> bool:
-    """Whether a plain value is what a field wants: ``true`` is no number, and float32 can hold the numbers."""
-    kinds = _scalars(hint)
-    if isinstance(raw, bool) and bool not in kinds:
-        return False
-    if isinstance(raw, str | int | float) and not isinstance(raw, bool) and kinds == {bool}:
-        return False
-    try:
-        value = adapter(hint).validate_python(raw)
-    except (ValidationError, ValueError, OverflowError):
-        return False
-    return not isinstance(value, float) or abs(value) <= _LARGEST
 
 
 def _blame(error: ValueError, known: typing.Container[str]) -> tuple[str, str]:
@@ -654,29 +332,6 @@ def _blame(error: ValueError, known: typing.Container[str]) -> tuple[str, str]:
     message = str(error)
     word = message.split(" ", 1)[0].rstrip(":,")
     return (word, message[len(word) :].lstrip(":, ")) if word.split(".")[0] in known else ("", message)
-
-
-_FRACTION = re.compile(r"^\s*([-+]?\d+(?:\.\d+)?)\s*/\s*(\d+(?:\.\d+)?)\s*$")
-
-
-def numbers(raw: Any, hint: Any) -> Any:
-    """``8/255`` and ``1e-3`` as numbers where the field wants a number."""
-    if isinstance(raw, str) and float in _scalars(hint) and str not in _scalars(hint):
-        match = _FRACTION.match(raw)
-        if match and float(match[2]) != 0:
-            return float(match[1]) / float(match[2])
-    return raw
-
-
-@functools.cache
-def type_hints(cls: Any) -> dict[str, Any]:
-    """The fields' annotations, resolved."""
-    return typing.get_type_hints(cls, include_extras=True)
-
-
-@functools.cache
-def adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint)
 
 
 def _takes_arch(cls: Any) -> bool:
@@ -692,106 +347,6 @@ def _class_default(f: Any) -> Any:
 
 def _has_default(f: Any) -> bool:
     return f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union; a single type is its own only one."""
-    if typing.get_origin(hint) in (typing.Union, pytypes.UnionType):
-        return tuple(o for a in typing.get_args(hint) for o in _options(a))
-    return (hint,)
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-
-
-def _scalars(hint: Any) -> set[type]:
-    """The plain types that a field can hold."""
-    out: set[type] = set()
-    for option in _options(hint):
-        origin = typing.get_origin(option)
-        if origin is Annotated:
-            out |= _scalars(typing.get_args(option)[0])
-        elif origin in (tuple, list):
-            for a in typing.get_args(option):
-                out |= _scalars(a) if a is not Ellipsis else set()
-        elif origin is Literal:
-            out |= {type(a) for a in typing.get_args(option)}
-        elif isinstance(option, type):
-            out.add(option)
-    return out
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
-
-
-def describe(hint: Any) -> str:
-    """A field's type in words, for messages and ``explain``."""
-    options = _options(hint)
-    if len(options) > 1:
-        return " or ".join(describe(o) for o in options)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        marks = {
-            annotated_types.Ge: ("ge", ">="),
-            annotated_types.Gt: ("gt", ">"),
-            annotated_types.Le: ("le", "<="),
-            annotated_types.Lt: ("lt", "<"),
-        }
-        limits = [f"{marks[type(m)][1]} {getattr(m, marks[type(m)][0])}" for m in args[1:] if type(m) in marks]
-        return " ".join([describe(args[0]), " and ".join(limits)]).strip()
-    if origin is Literal:
-        return "one of " + ", ".join(str(c) for c in args) if len(args) > 1 else f"'{args[0]}'"
-    if origin is tuple:
-        if len(args) == 2 and args[1] is Ellipsis:
-            return f"a list of {_many(args[0])}"
-        return f"a list of {len(args)}: " + ", ".join(describe(a) for a in args)
-    if isinstance(hint, type) and issubclass(hint, Part):
-        return a(spoken(hint.kind))
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return "a mapping"
-    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def _many(hint: Any) -> str:
-    """The items of a list in words: ``words``, ``numbers >= 0``, ``stages``, ``lists of words``."""
-    bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
-    if isinstance(bare, type) and issubclass(bare, Part):
-        return plural(bare.kind)
-    if typing.get_origin(bare) is tuple:
-        return describe(bare).replace("a list", "lists", 1)
-    one = describe(hint)
-    if bare in _WORDS and one.startswith("a "):
-        noun = _WORDS[bare].removeprefix("a ")
-        return one.removeprefix("a ").replace(noun, f"{noun}s", 1)
-    return one
-
-
-def spoken(kind: str) -> str:
-    """What a kind is called in a sentence."""
-    return {"dataset": "data set", "gradient": "gradient rule", "averaging": "averaging of weights"}.get(kind, kind)
-
-
-def a(word: str) -> str:
-    """The word with its article."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def _shape(node: Node) -> str:
-    if isinstance(node.value, dict):
-        return "a mapping"
-    if isinstance(node.value, list):
-        return "a list" if node.value else "an empty list"
-    if node.value is None:
-        return "nothing"
-    if isinstance(node.value, bool | float):
-        return yaml.dump(node.value, Dumper=_Dumper).split("\n")[0]
-    return _short(node.value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ------------------------------------------------------------------------------------------------------------- public
@@ -920,7 +475,7 @@ def _locate(node: Node, where: Sequence[str]) -> Node:
     for step in where:
         if isinstance(node.value, dict) and step in node.value:
             node = node.value[step]
-        elif isinstance(node.value, list) and (i := _position(node, step)) is not None:
+        elif isinstance(node.value, list) and (i := position(node, step)) is not None:
             node = node.value[i]
         else:
             break
@@ -961,7 +516,7 @@ def build_suite(node: Node, stem: str) -> Suite:
     builder = _Builder(lambda path: False)
     named = node.value.get("name", Node(stem, node.file, node.line))
     if not isinstance(named.value, str):
-        builder.fail(named, "name", f"expected the name of a suite, got {_shape(named)}")
+        builder.fail(named, "name", f"expected the name of a suite, got {shape(named)}")
         raise UserError(*builder.errors)
     cls = None if named.value in entries("suite") else custom_suite(named.value)
     suite = builder.part("suite", node, None, "", cls)
@@ -1009,7 +564,7 @@ def validate_file(path: str | Path) -> None:
 
 def to_yaml(value: Any) -> str:
     """Plain values, or a part, as YAML that :func:`read` understands."""
-    return yaml.dump(dump(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(dump(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # --------------------------------------------------------------------------------------------------------- the schema
@@ -1020,7 +575,7 @@ def json_schema() -> dict[str, Any]:
     definitions: dict[str, Any] = {}
 
     def of(hint: Any) -> dict[str, Any]:
-        options = _options(hint)
+        options = options_of(hint)
         if len(options) > 1:
             return {"anyOf": [of(o) for o in options]}
         bare = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
@@ -1033,7 +588,7 @@ def json_schema() -> dict[str, Any]:
             return {"anyOf": [{"type": "array", "items": of(args[0])}, of(args[0])]}
         plain = adapter(hint).json_schema()
         if bare is float:
-            fraction = {"type": "string", "pattern": _FRACTION.pattern}
+            fraction = {"type": "string", "pattern": FRACTION.pattern}
             return {"anyOf": [plain, fraction, {"allOf": [{"type": "object"}, parts_of("schedule")]}]}
         return plain
 
@@ -1063,25 +618,3 @@ def json_schema() -> dict[str, Any]:
         **root,
         "$defs": definitions,
     }
-
-
-__all__ = [
-    "Config",
-    "Evaluation",
-    "Guards",
-    "Node",
-    "Probe",
-    "Training",
-    "build",
-    "build_config",
-    "config_from",
-    "describe",
-    "dump",
-    "json_schema",
-    "load_config",
-    "load_suite",
-    "override",
-    "read",
-    "to_yaml",
-    "validate_file",
-]

@@ -6,12 +6,15 @@ All functions act per sample over every dimension but the first. For a radius ``
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from robustlab.rng import Rng
 
 NORMS = ("linf", "l2", "l1", "l0")
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 
 
 def _flat(d: Tensor) -> Tensor:
@@ -60,25 +63,32 @@ def project_l1(d: Tensor, eps: float | Tensor) -> Tensor:
     return torch.where(inside, flat, flat.sign() * (magnitude - theta).clamp_min(0)).view_as(d)
 
 
-def project_ball(d: Tensor, norm: str, eps: float) -> Tensor:
-    """The nearest perturbation inside the ball (l0: the largest pixels are kept)."""
+def project_ball(d: Tensor, norm: str, eps: float | Tensor) -> Tensor:
+    """The nearest perturbation inside the ball (l0: the largest pixels are kept); ``eps`` may be one radius per sample (N,)."""
+    if norm == "l1":
+        return project_l1(d, eps)
+    eps = _wide(eps, d) if isinstance(eps, Tensor) else eps
     if norm == "linf":
-        return d.clamp(-eps, eps)
+        limit: Any = eps
+        return d.clamp(-limit, limit)
     if norm == "l2":
         n = _wide(norm_of(d, "l2"), d)
         return torch.where(n > eps, d * (eps / n.clamp_min(torch.finfo(d.dtype).tiny)), d)
-    if norm == "l1":
-        return project_l1(d, eps)
     if norm == "l0":
         size = d.square().sum(1).flatten(1)
+        if isinstance(eps, Tensor):
+            rank = size.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+            return d * (rank < eps.floor().flatten(1)).view(len(d), 1, *d.shape[2:])
         k = min(int(eps), size.shape[1])
         keep = torch.zeros_like(size, dtype=torch.bool).scatter_(1, size.topk(k, dim=1).indices, True)
         return d * keep.view(len(d), 1, *d.shape[2:])
     raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
 
 
-def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
+def project(x: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """The point nearest to ``x`` that lies in the ball around ``x0`` and in [0, 1] (``x0`` itself lies in [0, 1]).
+
+    ``eps`` may be one radius per sample (N,).
 
     Exact for linf, l2 and l1: the Euclidean projection on the intersection. Clamping after the ball, which is what most code does,
     gives away part of the radius in l2 and most of it in l1 (Croce and Hein, ICML 2021). l0: the pixels with the largest
@@ -86,7 +96,8 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     """
     d = x - x0
     if norm == "linf":
-        return (x0 + d.clamp_(-eps, eps)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
+        limit: Any = _wide(eps, d) if isinstance(eps, Tensor) else eps
+        return (x0 + d.clamp_(-limit, limit)).clamp_(0.0, 1.0)  # in place on temporaries: less memory to touch
     if norm == "l2":
         inside = norm_of(d, "l2") <= eps
         boxed = x.clamp(0.0, 1.0)  # enough inside the ball: the box lies around x0, so clamping cannot leave the ball
@@ -98,11 +109,12 @@ def project(x: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     return x0 + project_ball(x.clamp(0.0, 1.0) - x0, norm, eps)
 
 
-def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
+def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
     linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
-    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound.
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. In l2 ``eps`` may be
+    one radius per sample (N,).
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
@@ -124,12 +136,13 @@ def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float) -> Tensor:
     return x0 + full * keep.view(len(g), 1, *g.shape[2:])
 
 
-def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
+def _scale_into(d: Tensor, x0: Tensor, eps: float | Tensor, most: float) -> Tensor:
     """``clamp(s d, -x0, 1 - x0)`` for the largest scale s <= ``most`` whose l2 norm is at most ``eps``.
 
     With the coordinates C at their bounds b fixed, s^2 = (eps^2 - sum_C b^2) / sum_{not C} d^2. Raising s can only add
     coordinates to C, so this fixed-point iteration climbs to the solution in finitely many steps, all feasible.
     """
+    eps = eps[:, None] if isinstance(eps, Tensor) else eps
     flat, largest = _over_largest(d)
     cap = most * largest
     bound = torch.where(flat > 0, 1 - _flat(x0), _flat(x0))
@@ -150,13 +163,14 @@ def _scale_into(d: Tensor, x0: Tensor, eps: float, most: float) -> Tensor:
     return (flat.sign() * moved).view_as(d)
 
 
-def _soften_into(d: Tensor, x0: Tensor, eps: float) -> Tensor:
+def _soften_into(d: Tensor, x0: Tensor, eps: float | Tensor) -> Tensor:
     """Euclidean projection of ``d`` on ``{d : ||d||_1 <= eps, x0 + d in [0, 1]}``.
 
     The solution is ``clamp(soft(d, t), -x0, 1 - x0)`` for the smallest threshold t >= 0 whose l1 norm is at most eps. The
     norm is a falling, piecewise linear function of t; bisection brackets t, one secant step inside the last bracket is exact
     there up to rounding.
     """
+    eps = eps[:, None] if isinstance(eps, Tensor) else eps
     low_b, high_b = -_flat(x0), 1 - _flat(x0)
     flat = _flat(d)
 
@@ -178,6 +192,93 @@ def _soften_into(d: Tensor, x0: Tensor, eps: float) -> Tensor:
     t = low + (high - low) * ((n_low - eps) / slope).clamp(0, 1)
     t = torch.where(norm1(t) <= eps, t, high)  # rounding may leave the secant point a hair outside
     return at(torch.where(done, torch.zeros_like(t), t)).view_as(d)
+
+
+def step_across(w: Tensor, c: Tensor, x: Tensor, norm: str) -> Tensor:
+    """The smallest d (linf or l2) with <w, d> >= c and x + d in [0, 1]; where there is none, the d with the largest <w, d>.
+
+    d_i = sign(w_i) min(s a_i, room_i) with pace a = 1 (linf) or |w| (l2) and the room that the box leaves. The gain
+    sum_i |w_i| min(s a_i, room_i) is concave and piecewise linear in s, with a kink where a coordinate arrives at its bound.
+
+    Args:
+        w: normals (N, C, H, W).
+        c: distances to go, in units of <w, d>, not negative (N,).
+        x: where to start, in [0, 1].
+        norm: ``linf`` or ``l2``.
+    """
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"no step across a plane for norm '{norm}'; expected linf or l2")
+    size, largest = _over_largest(w)
+    size, sign = size.abs(), size.sign()
+    room = torch.where(sign > 0, 1 - _flat(x), _flat(x)) * sign.abs()
+    pace = sign.abs() if norm == "linf" else size
+    kink, order = (room / pace.clamp_min(torch.finfo(w.dtype).tiny)).sort(dim=1)
+    arrived, moving = (size * room).gather(1, order), (size * pace).gather(1, order)
+    before = arrived.cumsum(1) - arrived  # what the coordinates with earlier kinks contribute
+    after = moving.flip(1).cumsum(1).flip(1)  # the slope until this kink
+    goal = c[:, None] / largest
+    far = before + kink * after < goal  # the gain at this kink is not enough
+    first = far.sum(1, keepdim=True).clamp_max(far.shape[1] - 1)
+    slope = after.gather(1, first)
+    s = (goal - before.gather(1, first)).clamp_min(0) / slope.clamp_min(torch.finfo(w.dtype).tiny)
+    return (sign * torch.where(far.all(1, keepdim=True), room, torch.minimum(s * pace, room))).view_as(w)
+
+
+def prox(d: Tensor, t: Tensor, norm: str) -> Tensor:
+    """argmin_u { t ||u||_p + ||u - d||_2^2 / 2 } for linf, l2 or l1 and one t > 0 per sample (N,).
+
+    linf: d minus its projection on the l1 ball of radius t (Moreau). l2: the length shrinks by t. l1: soft thresholding.
+    """
+    wide = _wide(t, d)
+    if norm == "linf":
+        return d - project_l1(d, t)
+    if norm == "l2":
+        return d * (1 - wide / _wide(norm_of(d, "l2"), d).clamp_min(torch.finfo(d.dtype).tiny)).clamp_min(0)
+    if norm == "l1":
+        return d.sign() * (d.abs() - wide).clamp_min(0)
+    raise ValueError(f"no proximal operator for norm '{norm}'; expected linf, l2 or l1")
+
+
+def dual(norm: str) -> str:
+    """The norm that measures gradients when steps are measured in ``norm``."""
+    return {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
+
+
+def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
+    """The smallest d with ``<w, d> = -c`` and ``x + d`` in [0, 1]: the way from ``x`` to where a linear function vanishes.
+
+    ``c`` (N,) is the function's value at ``x``, ``w`` its gradient. Coordinate i moves against c w_i by min(t r_i, b_i): b_i is the
+    distance to its bound; the rate r_i is 1 in linf, |w_i| in l2. The value gained is a concave, piecewise linear function of
+    t: Newton's method from t = 0 climbs to the solution in finitely many steps, without sorting. l1: the coordinates with the
+    largest |w_i| move as far as the box allows until c is used up. Where the box holds no such point, all go to their bounds.
+    """
+    flat, largest = _over_largest(w)
+    v = -c.sign()[:, None] * flat
+    size = v.abs()
+    need = c.abs()[:, None] / largest
+    room = torch.where(size > 0, torch.where(v > 0, 1 - _flat(x), _flat(x)), torch.zeros_like(size))
+    if norm == "l1":
+        ordered, order = size.sort(dim=1, descending=True)
+        able = room.gather(1, order)
+        gain = ordered * able
+        missing = (need - (gain.cumsum(1) - gain)).clamp_min(0)
+        part = torch.where(missing < gain, missing / ordered.clamp_min(torch.finfo(x.dtype).tiny), able)
+        return (v.sign() * torch.zeros_like(part).scatter_(1, order, part)).view_as(x)
+    if norm not in ("linf", "l2"):
+        raise ValueError(f"no projection on a hyperplane in '{norm}'; expected one of linf, l2, l1")
+    rate = size if norm == "l2" else (size > 0).to(x.dtype)
+    gain, pull = size * room, size * rate
+    at_bound = size == 0
+    for _ in range(size.shape[1] + 1):
+        spent = torch.where(at_bound, gain, torch.zeros_like(gain)).sum(1, keepdim=True)
+        slope = torch.where(at_bound, torch.zeros_like(pull), pull).sum(1, keepdim=True)
+        t = (need - spent).clamp_min(0) / slope.clamp_min(torch.finfo(x.dtype).tiny)
+        t = t.clamp_max(torch.finfo(x.dtype).max)  # a gradient of zero: as far as there is room
+        reached = at_bound | (t * rate > room)
+        if bool((reached == at_bound).all()):
+            break
+        at_bound = reached
+    return (v.sign() * torch.where(at_bound, room, t * rate)).view_as(x)
 
 
 def steepest(g: Tensor, norm: str) -> Tensor:

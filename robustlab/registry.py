@@ -10,10 +10,12 @@ import difflib
 import importlib
 import importlib.metadata
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from robustlab.types import Part, UserError
 
@@ -111,7 +113,9 @@ def lookup(kind: str, name: str) -> type[Part]:
 def nearest(word: object, known: object) -> str:
     """`` (did you mean 'pgd'?)``, or nothing when no known word is near; capitals do not count."""
     spelled = {str(k).lower(): str(k) for k in known}  # type: ignore[attr-defined]
-    close = difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
+    letters = sorted(str(word).lower())
+    swapped = [name for name in spelled if sorted(name) == letters]  # `pdg` is a slip for pgd, though pdpgd is nearer by difflib
+    close = swapped or difflib.get_close_matches(str(word).lower(), spelled, n=1, cutoff=0.5)
     return f" (did you mean '{spelled[close[0]]}'?)" if close else ""
 
 
@@ -135,3 +139,26 @@ def plural(kind: str) -> str:
 def summary(cls: type) -> str:
     """The first sentence of a part's docstring."""
     return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def import_callable(spec: str) -> Any:
+    """The object that ``package.module:name`` names; modules in the current folder are found too.
+
+    Raises:
+        UserError: the module cannot be imported or has no such name.
+    """
+    module_name, _, name = spec.partition(":")
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{spec}: cannot import '{module_name}': {type(error).__name__}: {reason}") from None
+    finally:
+        sys.path.remove(here)
+    if not hasattr(module, name):
+        raise UserError(
+            f"{spec}: '{module_name}' has no '{name}'{nearest(name, [n for n in vars(module) if not n.startswith('_')])}"
+        )
+    return getattr(module, name)

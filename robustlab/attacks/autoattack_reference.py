@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robustlab.attacks.shield import ImagesOnly
 from robustlab.attacks.steps import threat_of
 from robustlab.geometry import project
 from robustlab.modes import ambient
@@ -68,7 +69,7 @@ class AutoAttackReference(Attack):
         seed = rng.child("pyautoattack").key % 2**31
 
         def shielded(z: Tensor) -> Tensor:
-            return _ImagesOnly.apply(z, lambda v: f(v.to(x.dtype)).float())
+            return ImagesOnly.apply(z, lambda v: f(v.to(x.dtype)).float())
 
         with ambient(seed), _listening(flags):
             run = self._set_up(shielded, y.shape[-1], norm, eps, seed, x.device)
@@ -93,22 +94,6 @@ class AutoAttackReference(Attack):
         for targeted in (run.apgd_targeted, run.fab):
             targeted.n_target_classes = min(targeted.n_target_classes, num_classes - 1)
         return run
-
-
-class _ImagesOnly(torch.autograd.Function):
-    """The classifier as a function of the images alone: backward reaches them and nothing else, whoever calls it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, f: Classifier) -> Tensor:
-        ctx.needed = ctx.needs_input_grad[0]
-        with torch.set_grad_enabled(ctx.needed):
-            ctx.x = x.detach().requires_grad_(ctx.needed)
-            ctx.z = f(ctx.x)
-        return ctx.z.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.autograd.grad(ctx.z, ctx.x, grads[0], retain_graph=True)[0], None
 
 
 class _Collect(logging.Handler):

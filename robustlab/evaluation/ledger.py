@@ -80,7 +80,7 @@ class Ledger:
         if not resume:
             raise UserError(f"{self.path}: there is an evaluation here already; continue it with --resume or choose another --out")
         old, entries, whole = _parse(self.path)
-        if old is None and not _encoded(header).startswith(self.path.read_bytes()):
+        if old is None and not encoded(header).startswith(self.path.read_bytes()):
             raise UserError(f"{self.path}: no header line; this is not a ledger")
         if old is not None and (difference := first_difference(old, header)):
             where, there, here = difference
@@ -106,7 +106,7 @@ class Ledger:
             self._write(entry)
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        line = _encoded(value)
+        line = encoded(value)
         before = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):
@@ -143,7 +143,8 @@ def first_difference(a: Any, b: Any, where: str = "") -> tuple[str, str, str] | 
     return None if a == b and type(a) is type(b) else (where or "the header", _show(a), _show(b))
 
 
-def _encoded(value: Mapping[str, Any]) -> bytes:
+def encoded(value: Mapping[str, Any]) -> bytes:
+    """One line of a ledger."""
     return (json.dumps(value, separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 

@@ -190,3 +190,43 @@ def as_mask(indices: list[int], n: int) -> Tensor:
     mask = torch.zeros(n, dtype=torch.bool)
     mask[torch.tensor(indices, dtype=torch.long)] = True
     return mask
+
+
+def assemble(
+    n: int,
+    clean: Tally,
+    right: Tensor,
+    threats: list[tuple[str, float]],
+    attacked: list[dict[str, Tally]],
+    verdicts: list[Tensor],
+    corrupted: dict[tuple[str, int], Tally],
+    **known: Any,
+) -> Result:
+    """The result of ``n`` images.
+
+    Args:
+        n: images.
+        clean, right: the clean pass, and its verdicts (n,).
+        threats, attacked, verdicts: norm and radius, tallies of the attacks and verdicts (n,) of each threat model.
+        corrupted: tallies by corruption and severity.
+        known: the other fields of the result.
+    """
+    rows = [threat_summary(*t, tallies, v) for t, tallies, v in zip(threats, attacked, verdicts, strict=True)]
+    first, corruptions = rows[0] if rows else None, corruption_summary(corrupted, n)
+    everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values()]
+    return Result(
+        n=n,
+        clean_accuracy=clean.correct / n,
+        clean_interval=wilson(clean.correct, n),
+        robust_accuracy=first["robust_accuracy"] if first else None,
+        interval=wilson(first["k"], n) if first else None,
+        per_attack=first["per_attack"] if first else {},
+        clean=right,
+        robust=verdicts[0] if verdicts else None,
+        threats=rows,
+        verdicts=verdicts,
+        corruptions=corruptions,
+        corruption_accuracy=sum(c["mean"] for c in corruptions.values()) / len(corruptions) if corruptions else None,
+        cost=cost_of(everything, n),
+        **known,
+    )

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 import robustlab
 from robustlab import geometry
+from robustlab.evaluation.adversarial import Keeper
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.ledger import Ledger
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
-from robustlab.evaluation.result import Result, Tally, as_mask, corruption_summary, cost_of, threat_summary
+from robustlab.evaluation.result import Result, Tally, as_mask, assemble
+from robustlab.evaluation.shards import check_shard, mine
 from robustlab.evaluation.sources import Fingerprint, open_source
-from robustlab.evaluation.statistics import wilson
 from robustlab.files import exclusive
 from robustlab.modes import ambient, bn_mode, frozen, unwrap
 from robustlab.rng import Rng
@@ -57,6 +58,8 @@ def evaluate(
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
     reliability: bool = False,
+    shard: tuple[int, int] | None = None,
+    save_adversarial: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Result:
     """Score a classifier under a suite.
@@ -77,6 +80,10 @@ def evaluate(
         progress: called after each line of the ledger with ``n done batch threat attack given correct seconds clean_accuracy
             robust_accuracy`` (accuracies of the batches finished so far; None before the first).
         reliability: examine, after the attacks, whether their verdicts can be believed, for at most 10 % of their passes more.
+        shard: (i, n): only the batches of the i-th of n shards, i from 1; ``shards.merge`` puts their ledgers together. The result
+            is of the shard's images; its fingerprint is of all of them.
+        save_adversarial: a ``.npz`` or ``.safetensors`` file for the images: of each sample the one that broke it, else the last
+            attack's, else (misclassified from the start) the clean one. For one threat model; see ``adversarial``.
         provenance: kept in the result.
 
     Raises:
@@ -96,6 +103,8 @@ def evaluate(
     threats = threats_of(plan, threat)
     source = open_source(data)
     size = source.size if limit is None else min(limit, source.size or limit)
+    if shard is not None:
+        check_shard(shard, size, batch_size)
     where = _device(f, device)
     if device is not None and isinstance(f, nn.Module):
         f.to(where)
@@ -112,23 +121,32 @@ def evaluate(
         "batch_size": batch_size,
         "device": where.type,
         "versions": {name: _version(name) for name in ("torch", "pyautoattack")} | {"robustlab": robustlab.__version__},
+        **({"shard": list(shard)} if shard else {}),
     }
     path = None if out is None else Path(out) / LEDGER
+    keeper = None if save_adversarial is None else Keeper(save_adversarial, header, threats, resume=resume)
     with (
         contextlib.nullcontext() if out is None else exclusive(out),
         contextlib.closing(Ledger(path, header, resume=resume)) as ledger,
         frozen(f),
     ):
-        run = _Run(f, plan, threats, seed, precision, where, source.num_classes, ledger, size, progress)
+        if keeper is not None:
+            keeper.open(begun=bool(ledger.done))
+        own = size if shard is None or size is None else _own(size, batch_size, shard)
+        run = _Run(f, plan, threats, seed, precision, where, source.num_classes, ledger, own, progress, keeper)
         for x, y in source.batches(batch_size, limit):
-            run.batch(x, y)
-        if run.seen == 0:
+            if mine(run.batches, shard):
+                run.batch(x, y)
+            else:
+                run.skip(x, y)
+        if not run.rows:
             raise UserError("data: no images")
         if model_hash(f) != header["model"]:
             raise UserError(
                 "the model's weights or buffers changed during the evaluation: one of its attacks, or its own forward, wrote them"
             )
-        report = run.reliability() if reliability and plan.attacks else None
+        report = run.reliability() if reliability and plan.attacks and run.rows else None
+        run.keep()
     return run.result(
         suite=resolved,
         reliability=report,
@@ -222,17 +240,19 @@ class _Run:
         ledger: Ledger,
         size: int | None,
         progress: Callable[[dict[str, Any]], None] | None,
+        keeper: Keeper | None,
     ):
         self.f, self.suite, self.seed, self.precision, self.device = f, suite, seed, precision, device
         self.dtype = _dtype(f)
         self.ledger, self.size, self.progress = ledger, size, progress
-        self.num_classes = num_classes
+        self.num_classes, self.keeper = num_classes, keeper
         self.attacks = list(zip(unique([a.name for a in suite.attacks]), suite.attacks, strict=True))
         self.corruptions = list(zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True))
         self.threats = threats
         self.fingerprint = Fingerprint()
-        self.seen = self.finished = self.batches = 0
         self.sample: list[tuple[Tensor, Tensor]] = []  # the first images that are classified correctly, for the reliability report
+        self.seen = self.batches = 0
+        self.rows, self.labels = list[int](), list[Tensor]()  # the images evaluated so far: their positions and labels
         self.clean, self.clean_rows = Tally(), list[int]()
         self.attacked = [{label: Tally() for label, _ in self.attacks} for _ in threats]
         self.robust_rows: list[list[int]] = [[] for _ in threats]
@@ -242,9 +262,12 @@ class _Run:
 
     def batch(self, x: Tensor, y: Tensor) -> None:
         first, self.seen = self.seen, self.seen + len(x)
-        index = torch.arange(first, self.seen)
+        index, self.shift = torch.arange(first, self.seen), len(self.rows) - first
         images = self.fingerprint.add(x, y)
+        self.labels.append(y)
         x, y = x.to(self.device, self.dtype), y.to(self.device)
+        if self.keeper is not None and self.ledger.get(None, "clean", self.batches) is None:
+            self.keeper.put(index + self.shift, x)
         correct = self._clean(x, y, index, images)
         if (missing := IMAGES - sum(len(labels) for _, labels in self.sample)) > 0:
             rows = correct.nonzero().squeeze(1)[:missing].to(self.device)
@@ -257,7 +280,13 @@ class _Run:
         for label, corruption in self.corruptions:
             for severity in self.suite.severities:
                 self._corrupt(label, corruption, severity, x, y, index)
-        self.finished, self.batches = self.seen, self.batches + 1
+        self.rows += index.tolist()
+        self.shape, self.batches = tuple(x.shape[1:]), self.batches + 1
+
+    def skip(self, x: Tensor, y: Tensor) -> None:
+        """A batch of another shard."""
+        self.fingerprint.add(x, y)
+        self.seen, self.batches = self.seen + len(x), self.batches + 1
 
     def _clean(self, x: Tensor, y: Tensor, index: Tensor, images: str) -> Tensor:
         """Which rows are classified correctly, as a mask on the CPU."""
@@ -267,9 +296,9 @@ class _Run:
                 f"{self.ledger.path}: the images or labels of batch {self.batches} are not those of the earlier run; "
                 "the data changed, or its order is not fixed (a DataLoader that shuffles?)"
             )
-        if old is None or self.num_classes is None or self.batches == 0:
+        if old is None or self.num_classes is None or not self.rows:
             start = self._clock()
-            z = self._first_logits(x) if self.batches == 0 else self._logits(x)
+            z = self._logits(x) if self.rows else self._first_logits(x)
             seconds = self._clock() - start
             self._check_logits(z, y)
             if old is None:
@@ -322,6 +351,8 @@ class _Run:
         seconds = self._clock() - start
         x_adv, reached, outside = trusted(x_adv, x, threat, label)
         verdict = self._correct(x_adv, y)
+        if self.keeper is not None:
+            self.keeper.put(index + self.shift, x_adv)
         extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
         return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
 
@@ -419,7 +450,7 @@ class _Run:
         tally.add(entry)
         if self.progress is None:
             return
-        done = self.finished
+        done = len(self.rows)
         self.progress(
             {
                 "n": self.size,
@@ -444,33 +475,31 @@ class _Run:
         return examine(self.f, x, y, self.threats[0], seed=self.seed, passes=SHARE * spent).to_dict()
 
     def result(self, **known: Any) -> Result:
-        n = self.seen
-        verdicts = [as_mask(rows, n) for rows in self.robust_rows]
-        threats = [
-            threat_summary(t.norm, t.eps, tallies, v) for t, tallies, v in zip(self.threats, self.attacked, verdicts, strict=True)
-        ]
-        first = threats[0] if threats else None
-        corruptions = corruption_summary(self.corrupted, n)
-        everything = [self.clean, *(t for tallies in self.attacked for t in tallies.values()), *self.corrupted.values()]
-        return Result(
-            n=n,
-            clean_accuracy=self.clean.correct / n,
-            clean_interval=wilson(self.clean.correct, n),
-            robust_accuracy=first["robust_accuracy"] if first else None,
-            interval=wilson(first["k"], n) if first else None,
-            per_attack=first["per_attack"] if first else {},
-            clean=as_mask(self.clean_rows, n),
-            robust=verdicts[0] if verdicts else None,
-            threats=threats,
-            verdicts=verdicts,
-            corruptions=corruptions,
-            corruption_accuracy=sum(c["mean"] for c in corruptions.values()) / len(corruptions) if corruptions else None,
-            cost=cost_of(everything, n),
+        masks = [as_mask(rows, self.seen)[self.rows] for rows in (self.clean_rows, *self.robust_rows)]
+        return assemble(
+            len(self.rows),
+            self.clean,
+            masks[0],
+            [(t.norm, t.eps) for t in self.threats],
+            self.attacked,
+            masks[1:],
+            self.corrupted,
             seed=self.seed,
             precision=self.precision,
             fingerprint=self.fingerprint.value(),
             **known,
         )
+
+    def keep(self) -> None:
+        """Make the file of adversarial images."""
+        if self.keeper is not None:
+            robust = as_mask(self.robust_rows[0], self.seen)[self.rows]
+            self.keeper.finish(self.rows, torch.cat(self.labels), robust, self.shape)
+
+
+def _own(size: int, batch_size: int, shard: tuple[int, int]) -> int:
+    """How many of the images are a shard's."""
+    return sum(min(batch_size, size - first) for b, first in enumerate(range(0, size, batch_size)) if mine(b, shard))
 
 
 def trusted(x_adv: Any, x: Tensor, threat: Threat, label: str) -> tuple[Tensor, float, int]:

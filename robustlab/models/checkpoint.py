@@ -6,11 +6,8 @@ architecture), ``image_shape`` and ``num_classes``; the training loop adds ``cla
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
-import os
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlab.files import atomic_write
-from robustlab.registry import nearest
+from robustlab.registry import import_callable, nearest
 from robustlab.types import UserError
 
 FORMAT, VERSION = "robustlab", 1
@@ -256,28 +253,6 @@ def load_model(spec: str | Path, device: torch.device | str = "cpu") -> nn.Modul
     if colon and tail.isidentifier() and all(part.isidentifier() for part in head.split(".")):
         return as_module(import_callable(name), name).to(device).eval()
     raise UserError(f"{name}: no such model; expected a .safetensors file, timm:NAME, torchvision:NAME or package.module:callable")
-
-
-def import_callable(spec: str) -> Any:
-    """The object that ``package.module:name`` names; modules in the current folder are found too.
-
-    Raises:
-        UserError: the module cannot be imported or has no such name.
-    """
-    module_name, _, name = spec.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(f"{spec}: cannot import '{module_name}': {type(error).__name__}: {first_line(error)}") from None
-    finally:
-        sys.path.remove(here)
-    if not hasattr(module, name):
-        raise UserError(
-            f"{spec}: '{module_name}' has no '{name}'{nearest(name, [n for n in vars(module) if not n.startswith('_')])}"
-        )
-    return getattr(module, name)
 
 
 class Wrapped(nn.Module):

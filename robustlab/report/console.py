@@ -182,6 +182,18 @@ def reliability_lines(report: Any) -> list[str]:
     return lines
 
 
+def rescored_text(found: Any) -> str:
+    """What saved adversarial images show, in one line per fact."""
+    norm, eps = found.threat.norm, found.threat.eps
+    lines = [f"{found.n} images, {found.clean} of them classified correctly when clean"]
+    lines.append(f"  robust  {share(found.robust_accuracy, found.interval)}  {norm} {format_eps(eps, norm)}")
+    if found.outside:
+        lines.append(f"  {found.outside} lay outside ball or box and were projected before they were scored")
+    if found.changed:
+        lines.append(f"  {found.changed} verdicts differ from those in the file")
+    return "\n".join(lines)
+
+
 def share(value: float, interval: Sequence[float]) -> str:
     return f"{value:6.1%}  (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
 

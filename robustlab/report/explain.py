@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from robustlab import geometry
-from robustlab.config import a, describe, dump, spoken, type_hints
+from robustlab.config import dump
+from robustlab.hints import a, describe, spoken, type_hints
 from robustlab.registry import FOLDERS, entries, nearest
 from robustlab.types import Attack, Part, Trainer, UserError, is_part
 

@@ -144,8 +144,8 @@ def optional_packages_only_inside_functions(tree: Tree) -> list[str]:
     return [f"{p} imports {n}" for p, m in tree.items() for n in imports(m, top_only=True) if n.split(".")[0] in OPTIONAL]
 
 
-def only_two_files_know_pydantic(tree: Tree) -> list[str]:
-    allowed = ("config.py", "results/record.py")
+def only_the_schema_knows_pydantic(tree: Tree) -> list[str]:
+    allowed = ("config.py", "hints.py", "results/record.py")
     return [f"{p} imports {n}" for p, m in tree.items() for n in imports(m) if n.split(".")[0] == "pydantic" and p not in allowed]
 
 
@@ -202,7 +202,7 @@ RULES: list[tuple[Callable[[Tree], list[str]], str, str]] = [
         "data/x.py",
         "try:\n    from torchvision import datasets\nexcept ImportError:\n    pass",
     ),
-    (only_two_files_know_pydantic, "attacks/x.py", "def f():\n    from pydantic import Field"),
+    (only_the_schema_knows_pydantic, "attacks/x.py", "def f():\n    from pydantic import Field"),
     (no_pickle_is_loaded, "models/x.py", "import torch\nx = torch.load('a.pt')"),
     (no_pickle_is_loaded, "data/x.py", "import numpy as np\nx = np.load('a.npy', allow_pickle=True)"),
     (no_pickle_is_loaded, "files.py", "import pickle"),

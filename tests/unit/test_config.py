@@ -15,25 +15,20 @@ from hypothesis import strategies as st
 
 from robustlab.attacks.pgd import PGD
 from robustlab.config import (
-    _FRACTION,
     Config,
     Training,
     build,
     build_config,
     config_from,
-    describe,
     dump,
     json_schema,
     load_config,
     load_suite,
-    merge,
-    override,
-    parse,
-    read,
     to_yaml,
-    type_hints,
     validate_file,
 )
+from robustlab.hints import FRACTION, describe, type_hints
+from robustlab.nodes import merge, override, parse, read
 from robustlab.registry import FOLDERS, entries
 from robustlab.trainers.pgd_at import PgdAt
 from robustlab.types import Part, Schedule, Threat, UserError, is_part
@@ -400,6 +395,8 @@ def strategy(hint) -> st.SearchStrategy:
         if args[-1] is Ellipsis:
             return st.lists(strategy(args[0]), max_size=3)
         return st.tuples(*map(strategy, args)).map(list)
+    if origin is dict:
+        return st.dictionaries(st.sampled_from(["steps", "alpha", "x"]), st.integers(1, 9), max_size=2)
     if args:  # a union
         return st.one_of(*map(strategy, args))
     if isinstance(hint, type) and issubclass(hint, Part):
@@ -608,5 +605,5 @@ def test_the_schema_rejects(change, where, checker):
 
 
 def test_the_schemas_fraction_is_the_readers():
-    assert _FRACTION.match("8/255")
-    assert not _FRACTION.match("8/-255")
+    assert FRACTION.match("8/255")
+    assert not FRACTION.match("8/-255")

@@ -98,7 +98,7 @@ trades, an objective
 
 
 def test_an_attack_names_only_its_own_norms():
-    assert re.search(r"^    norm +one of linf, l2 or null \(default null\)$", explain(entries("attack")["apgd"]), re.M)
+    assert re.search(r"^    norm +one of linf, l2, l1 or null \(default null\)$", explain(entries("attack")["apgd"]), re.M)
     assert re.search(r"^    norm +one of linf, l2, l1 or null \(default null\)$", explain(entries("attack")["pgd"]), re.M)
 
 
