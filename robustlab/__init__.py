@@ -77,7 +77,8 @@ def evaluate(
         suite: a name, a YAML file, or a ``types.Suite``.
         norm, eps: the threat model.
         seed: of all draws.
-        options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume progress``.
+        options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume
+            reliability progress``.
 
     Returns:
         ``clean_accuracy robust_accuracy interval per_attack robust cost`` and more.

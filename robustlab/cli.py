@@ -110,6 +110,9 @@ def evaluate(
     precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
     out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
     resume: Resume = False,
+    reliability: Annotated[
+        bool, typer.Option(help="Examine whether the attacks' verdicts can be believed; at most 10 % of their passes more.")
+    ] = True,
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="One of N pieces, such as 2/5; then `robustlab merge`.")] = None,
     save_adversarial: Annotated[
         Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
@@ -145,6 +148,7 @@ def evaluate(
                 precision=precision,
                 out=out,
                 resume=resume,
+                reliability=reliability,
                 shard=piece,
                 save_adversarial=save_adversarial,
                 progress=screen,

@@ -355,6 +355,7 @@ def evaluate_one(
     precision: str = "fp32",
     out: Path = Path("evaluations"),
     resume: bool = False,
+    reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
     progress: Progress | None = None,
@@ -366,7 +367,8 @@ def evaluate_one(
         suites: what to run; empty means what the model's own configuration names.
         data, data_root: see :func:`choose_data`.
         norm, eps: the threat model; None takes the one that the model was trained for.
-        seed, num_examples, batch_size, precision, resume, save_adversarial, progress: as in ``evaluation.runner.evaluate``.
+        seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
+            ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
@@ -423,6 +425,7 @@ def evaluate_one(
             num_examples=num_examples,
             out=folder,
             resume=resume,
+            reliability=reliability,
             shard=shard,
             save_adversarial=save_adversarial,
             progress=shown,
@@ -540,7 +543,8 @@ def _same_but_time(path: Path, record: Any) -> bool:
         old = read_record(path)
     except UserError:
         return False
-    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics
+    kept = record.reliability in (None, old.reliability)  # a report that nobody asked for this time stays
+    return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics and kept
 
 
 def build_board(folder: Path) -> list[Path]:

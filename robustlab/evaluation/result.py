@@ -64,6 +64,7 @@ class Result:
         environment: versions and machine.
         provenance: what the caller handed over.
         ledger: the file with the per-sample verdicts, or None.
+        reliability: whether the attacks' verdicts can be believed (``evaluation.reliability.Report.to_dict()``), or None.
     """
 
     n: int
@@ -88,6 +89,7 @@ class Result:
     environment: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     ledger: str | None = None
+    reliability: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """One line: ``clean 95.31 % [90.1, 97.8], robust 73.44 % [65.2, 80.3] under pgd-20 (linf 0.1, n = 128)``."""
@@ -123,6 +125,7 @@ class Result:
             "environment": self.environment,
             "provenance": self.provenance,
             "ledger": self.ledger,
+            "reliability": self.reliability,
         }
 
 

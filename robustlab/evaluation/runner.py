@@ -30,6 +30,7 @@ from robustlab import geometry
 from robustlab.evaluation.adversarial import Keeper
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.ledger import Ledger
+from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
 from robustlab.evaluation.shards import check_shard, mine
 from robustlab.evaluation.sources import Fingerprint, open_source
@@ -56,6 +57,7 @@ def evaluate(
     out: str | Path | None = None,
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    reliability: bool = False,
     shard: tuple[int, int] | None = None,
     save_adversarial: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -77,6 +79,7 @@ def evaluate(
         resume: go on with the ledger in ``out``, if there is one.
         progress: called after each line of the ledger with ``n done batch threat attack given correct seconds clean_accuracy
             robust_accuracy`` (accuracies of the batches finished so far; None before the first).
+        reliability: examine, after the attacks, whether their verdicts can be believed, for at most 10 % of their passes more.
         shard: (i, n): only the batches of the i-th of n shards, i from 1; ``shards.merge`` puts their ledgers together. The result
             is of the shard's images; its fingerprint is of all of them.
         save_adversarial: a ``.npz`` or ``.safetensors`` file for the images: of each sample the one that broke it, else the last
@@ -142,9 +145,11 @@ def evaluate(
             raise UserError(
                 "the model's weights or buffers changed during the evaluation: one of its attacks, or its own forward, wrote them"
             )
+        report = run.reliability() if reliability and plan.attacks and run.rows else None
         run.keep()
     return run.result(
         suite=resolved,
+        reliability=report,
         batch_size=batch_size,
         model_hash=header["model"],
         environment=environment(where),
@@ -245,6 +250,7 @@ class _Run:
         self.corruptions = list(zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True))
         self.threats = threats
         self.fingerprint = Fingerprint()
+        self.sample: list[tuple[Tensor, Tensor]] = []  # the first images that are classified correctly, for the reliability report
         self.seen = self.batches = 0
         self.rows, self.labels = list[int](), list[Tensor]()  # the images evaluated so far: their positions and labels
         self.clean, self.clean_rows = Tally(), list[int]()
@@ -263,6 +269,9 @@ class _Run:
         if self.keeper is not None and self.ledger.get(None, "clean", self.batches) is None:
             self.keeper.put(index + self.shift, x)
         correct = self._clean(x, y, index, images)
+        if (missing := IMAGES - sum(len(labels) for _, labels in self.sample)) > 0:
+            rows = correct.nonzero().squeeze(1)[:missing].to(self.device)
+            self.sample.append((x[rows], y[rows]))
         for number, threat in enumerate(self.threats):
             alive = correct
             for position, (label, attack) in enumerate(self.attacks):
@@ -458,6 +467,12 @@ class _Run:
         )
 
     # -------------------------------------------------------------------------------------------------- result
+
+    def reliability(self) -> dict[str, Any]:
+        """The reliability report under the first threat model."""
+        x, y = (torch.cat(parts) for parts in zip(*self.sample, strict=True))
+        spent = sum(t.forwards + t.backwards for tallies in self.attacked for t in tallies.values())
+        return examine(self.f, x, y, self.threats[0], seed=self.seed, passes=SHARE * spent).to_dict()
 
     def result(self, **known: Any) -> Result:
         masks = [as_mask(rows, self.seen)[self.rows] for rows in (self.clean_rows, *self.robust_rows)]

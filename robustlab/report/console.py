@@ -160,10 +160,26 @@ def record_text(record: Any) -> str:
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
     if m.corruption_accuracy is not None:
         lines.append(f"  mean over corruptions {m.corruption_accuracy:.1%}")
+    lines += reliability_lines(record.reliability)
     c = record.cost
     passes = f"{c.forwards_per_sample:,.0f} forwards, {c.backwards_per_sample:,.0f} backwards an image"
     lines.append(f"  cost    {passes}; {duration(c.seconds)}")
     return "\n".join(lines)
+
+
+def reliability_lines(report: Any) -> list[str]:
+    """The verdict in one line, and one line for each check that did not pass."""
+    if report is None:
+        return []
+    left_out = f"; {len(report.skipped)} left out ({'; '.join(dict.fromkeys(report.skipped.values()))})" if report.skipped else ""
+    if report.verdict is None:
+        return [f"  reliability  not examined{left_out}"]
+    lines = [f"  reliability  {report.verdict}: {len(report.checks)} checks on {report.n} images{left_out}"]
+    for check in report.checks:
+        if check.verdict != "pass":
+            figure = "no number" if check.figure is None else f"{check.figure:.3g}"
+            lines.append(f"    {check.verdict}  {check.name}: {figure} ({check.measure}). {check.advice}")
+    return lines
 
 
 def rescored_text(found: Any) -> str:

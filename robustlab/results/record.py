@@ -129,8 +129,31 @@ class Provenance(_Strict):
     ledger: str | None = None
 
 
+class ReliabilityCheck(_Strict):
+    """One check of the reliability report; ``figure`` is null where it was no number. Larger is worse."""
+
+    name: str
+    verdict: Literal["pass", "warn", "fail"]
+    figure: float | None
+    measure: str
+    advice: str
+
+
+class ReliabilityInfo(_Strict):
+    """Whether the robust accuracy can be believed; ``n`` images, ``skipped`` checks with the reason, the passes spent on it."""
+
+    verdict: Literal["pass", "warn", "fail"] | None
+    n: Number
+    norm: Norm
+    eps: Annotated[float, Field(ge=0)]
+    checks: list[ReliabilityCheck]
+    skipped: dict[str, str] = {}
+    forwards: Number
+    backwards: Number
+
+
 class Record(_Strict):
-    """One model under one suite."""
+    """One model under one suite. ``reliability`` is null in records that were made without the report."""
 
     schema_version: Literal[1] = 1
     model: ModelInfo
@@ -144,6 +167,7 @@ class Record(_Strict):
     cost: Cost
     environment: dict[str, Any]
     provenance: Provenance
+    reliability: ReliabilityInfo | None = None
 
 
 def record_from(
@@ -189,6 +213,7 @@ def record_from(
                 "date": date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "ledger": sha256(ledger) if ledger and Path(ledger).exists() else None,
             },
+            "reliability": r.get("reliability"),
         },
         "record",
     )
