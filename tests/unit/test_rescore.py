@@ -253,10 +253,14 @@ def test_images_outside_the_ball_are_projected_and_reported(problem, path):
 
 def test_a_misclassified_clean_image_is_not_robust(problem, tmp_path):
     """A file may hold an image that is classified correctly for a sample that is not when clean."""
-    f, x, _ = problem
-    y = (f(x).argmax(1) + 1) % 4
-    np.savez(tmp_path / "a.npz", x_adv=x.numpy())
-    assert rescore(f, (x, y), tmp_path / "a.npz", threat=HERE).robust == 0
+    f, x, y = problem
+    x_adv = config.build("attack", "pgd", norm="linf", eps=EPS)(f, x, y)
+    y = f(x_adv).argmax(1)
+    clean = f(x).argmax(1) == y
+    assert 0 < int(clean.sum()) < N
+    np.savez(tmp_path / "a.npz", x_adv=x_adv.numpy())
+    found = rescore(f, (x, y), tmp_path / "a.npz", threat=HERE)
+    assert found.robust == found.clean == int(clean.sum())
 
 
 def test_foreign_files(problem, tmp_path):
