@@ -94,6 +94,16 @@ def test_every_image_is_kept_in_order(problem, path):
     assert not list(path.parent.glob(".*.tmp"))
 
 
+def test_a_shard_keeps_its_own_images(problem, path):
+    go(problem, path)
+    piece = path.with_name(f"piece{path.suffix}")
+    go(problem, piece, shard=(2, 3))
+    whole, own = Images(path), Images(piece)
+    assert own.index.tolist() == [i for i in range(N) if i // BATCH % 3 == 1]
+    assert torch.equal(own.between(0, N)[1], whole.between(0, N)[1][own.index])
+    assert torch.equal(own.verdict, whole.verdict[own.index])
+
+
 def test_plain_libraries_read_the_files(problem, tmp_path):
     y = problem[2]
     go(problem, tmp_path / "a.npz")
