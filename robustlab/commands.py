@@ -425,7 +425,7 @@ def evaluate_one(
             num_examples=num_examples,
             out=folder,
             resume=resume,
-            reliability=reliability,
+            reliability=reliability and shard is None,  # a merge would drop it
             shard=shard,
             save_adversarial=save_adversarial,
             progress=shown,

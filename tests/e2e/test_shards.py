@@ -310,6 +310,7 @@ def test_merge_from_the_command_line(model, tmp_path, capsys):
         "cpu",
         "--out",
         str(tmp_path / "s"),
+        "--no-reliability",  # shards have no report
     ]
     assert run(single) == 0
     (beside,) = (tmp_path / "s").rglob("record.json")

@@ -94,6 +94,16 @@ def test_every_image_is_kept_in_order(problem, path):
     assert not list(path.parent.glob(".*.tmp"))
 
 
+def test_a_shard_keeps_its_own_images(problem, path):
+    go(problem, path)
+    piece = path.with_name(f"piece{path.suffix}")
+    go(problem, piece, shard=(2, 3))
+    whole, own = Images(path), Images(piece)
+    assert own.index.tolist() == [i for i in range(N) if i // BATCH % 3 == 1]
+    assert torch.equal(own.between(0, N)[1], whole.between(0, N)[1][own.index])
+    assert torch.equal(own.verdict, whole.verdict[own.index])
+
+
 def test_plain_libraries_read_the_files(problem, tmp_path):
     y = problem[2]
     go(problem, tmp_path / "a.npz")
@@ -253,10 +263,14 @@ def test_images_outside_the_ball_are_projected_and_reported(problem, path):
 
 def test_a_misclassified_clean_image_is_not_robust(problem, tmp_path):
     """A file may hold an image that is classified correctly for a sample that is not when clean."""
-    f, x, _ = problem
-    y = (f(x).argmax(1) + 1) % 4
-    np.savez(tmp_path / "a.npz", x_adv=x.numpy())
-    assert rescore(f, (x, y), tmp_path / "a.npz", threat=HERE).robust == 0
+    f, x, y = problem
+    x_adv = config.build("attack", "pgd", norm="linf", eps=EPS)(f, x, y)
+    y = f(x_adv).argmax(1)
+    clean = f(x).argmax(1) == y
+    assert 0 < int(clean.sum()) < N
+    np.savez(tmp_path / "a.npz", x_adv=x_adv.numpy())
+    found = rescore(f, (x, y), tmp_path / "a.npz", threat=HERE)
+    assert found.robust == found.clean == int(clean.sum())
 
 
 def test_foreign_files(problem, tmp_path):
