@@ -50,6 +50,7 @@ def our_suite(version: str, steps: int = 100, queries: int = 5000) -> Suite:
 
 def run_ours(f: nn.Module, x: Tensor, y: Tensor, threat: Threat, suite: Suite, seed: int, batch_size: int) -> Run:
     result = evaluate(f, (x, y), suite, threat=threat, seed=seed, batch_size=batch_size)
+    assert result.robust is not None
     components = {}
     for name, row in result.per_attack.items():
         components[name] = {k: row[k] for k in ("forwards", "backwards", "seconds")}

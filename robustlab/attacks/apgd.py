@@ -38,7 +38,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -50,7 +50,12 @@ from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm
 
 ALPHA = 0.75  # weight of the new step; the rest is momentum
-TargetLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits (n, K), y (n, K) and target classes (n,)
+
+
+class TargetLoss(Protocol):
+    """A loss (n,) of logits (n, K), targets y (n, K) and the classes to reach (n,), which untargeted losses ignore."""
+
+    def __call__(self, z: Tensor, y: Tensor, target: Tensor) -> Tensor: ...
 
 
 def _dlr(z: Tensor, y: Tensor, target: Tensor) -> Tensor:
