@@ -41,7 +41,7 @@ from robustlab.registry import FOLDERS, entries
 from robustlab.rng import Rng
 from robustlab.training.loop import Plan, complete_trainer, loader
 from robustlab.training.step import check_shards, train_step
-from robustlab.types import Alone, Regularizer, Splits, Stage, Tap, Term, UserError, View, with_threat
+from robustlab.types import Alone, Regularizer, Splits, Stage, Tap, Term, Threat, UserError, View, with_threat
 
 # ------------------------------------------------------------------------------------------- law 5: keyed by tickets
 
@@ -421,7 +421,8 @@ LOSSES_AND_STAGES = list(_losses_and_stages())
 def part_of(kind, cls):
     if kind == "stage" and cls.name == "craft":
         return with_threat(config.build("stage", {"name": "craft", "attack": {"name": "pgd", "steps": 2}}), THREAT)
-    return with_threat(config.build(kind, cls.name), THREAT)
+    threat = Threat(cls.norms[0], THREAT.eps) if kind == "attack" and THREAT.norm not in cls.norms else THREAT
+    return with_threat(config.build(kind, cls.name), threat)
 
 
 def inside(kind, part):

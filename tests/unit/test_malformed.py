@@ -517,7 +517,7 @@ CASES: list[tuple[str, object, list[str]]] = [
         ],
     ),
     ("suite: unknown key", "attacks: [pgd]\nnorm: linf\n", ["c.yaml:2: norm: unknown key (did you mean 'norms'?)"]),
-    ("suite: unknown attack", "attacks: [pgd, carlini]\n", ["c.yaml:1: attacks.1: unknown attack 'carlini'; known: ..."]),
+    ("suite: unknown attack", "attacks: [pgd, xyzzy]\n", ["c.yaml:1: attacks.1: unknown attack 'xyzzy'; known: ..."]),
     (
         "suite: severity",
         "corruptions: [brightness]\nseverities: [0, 6, true]\n",

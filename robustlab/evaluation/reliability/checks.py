@@ -2,7 +2,7 @@
 
 The thresholds were set on digits at 16 px with small_cnn at linf 0.1: between the figures of honest nets (robust and standard, with
 and without batch normalisation) and those of seven broken defences, as ``scripts/calibrate_reliability.py`` prints them. They were
-then held against Fashion-MNIST and other nets (tests/reference/test_reliability.py) without another change.
+then held against Fashion-MNIST and other nets (tests/reference/test_broken_defences.py) without another change.
 """
 
 from __future__ import annotations
