@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: help install demo test test-slow check format clean
 
 help:
-	@echo "make demo       train, attack, score and rank four models on real digits (about 6 minutes on 2 cores)"
+	@echo "make demo       train, attack, score and rank four models on real digits (2 to 3 minutes on 2 cores)"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make check      lint, format, types, layout"

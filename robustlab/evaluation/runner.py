@@ -217,8 +217,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "robustlab": robustlab.__version__,
         "pyautoattack": _version("pyautoattack"),
-        "platform": platform.platform(),
-        "cpu": platform.processor() or platform.machine(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "device": name,
@@ -553,6 +553,16 @@ def _device(f: Any, device: torch.device | str | None) -> torch.device:
     module = unwrap(f)
     first = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     return first.device if first is not None else torch.device("cpu")
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:
