@@ -56,8 +56,12 @@ def main() -> None:
     out = parser.parse_args().out
     begun = time.monotonic()
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
-        for done in [pool.submit(one_model, name, out) for name in TRAINERS]:
-            done.result()
+        try:
+            for done in [pool.submit(one_model, name, out) for name in TRAINERS]:
+                done.result()
+        except BaseException:  # Ctrl-C, or a command that failed: start nothing more
+            pool.shutdown(cancel_futures=True)
+            raise
     (out / "leaderboard").mkdir(exist_ok=True)
     shutil.copyfile("leaderboards/digits-linf/board.yaml", out / "leaderboard/board.yaml")
     robustlab("leaderboard", "add", out / "evaluations", "--board", out / "leaderboard")
@@ -66,4 +70,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("demo: interrupted; `make demo` goes on from here")
