@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from robustlab.evaluation.statistics import Interval, wilson
+
+POINTS = 100  # of a cost curve at most
 
 
 @dataclass
@@ -23,9 +26,15 @@ class Tally:
     reached: float = 0.0
     outside: int = 0
     flags: list[str] = field(default_factory=list)
+    spent: dict[int, float] = field(default_factory=dict)  # passes by the sample's position; a line without them shares its total
+    survived: dict[int, int] = field(default_factory=dict)
 
     def add(self, entry: dict[str, Any]) -> None:
-        self.given += len(entry["verdict"])
+        n = len(entry["verdict"])
+        mean = (entry["forwards"] + entry["backwards"]) / max(n, 1)
+        self.spent.update(zip(entry["index"], map(sum, entry["passes"]) if "passes" in entry else [mean] * n, strict=True))
+        self.survived.update(zip(entry["index"], entry["verdict"], strict=True))
+        self.given += n
         self.correct += sum(entry["verdict"])
         self.forwards += entry["forwards"]
         self.backwards += entry["backwards"]
@@ -49,9 +58,11 @@ class Result:
         robust_accuracy, interval: correct, and broken by no attack of the first threat model; None without attacks.
         per_attack: for the first threat model, in order: ``robust_accuracy`` after the attack, how many images it was given
             and broke, its ``forwards``, ``backwards`` and ``seconds``, the largest norm it reached, how many images it
-            returned outside ball or box (they were projected before they were scored), and its warnings (``flags``).
+            returned outside ball or box (they were projected before they were scored), its warnings (``flags``), and the most
+            passes that any image had got when it ended, those of earlier attacks included (``spent``).
         clean, robust: verdict of each image (n,), bool; ``robust`` is None without attacks.
-        threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost``.
+        threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost curve``; for the last see
+            :func:`cost_curve`.
         verdicts: ``robust`` for each of ``threats``.
         corruptions: for each corruption the accuracy at each severity (keys ``"1"`` to ``"5"``) and their ``mean``.
         corruption_accuracy: the mean over the corruptions, or None.
@@ -148,9 +159,10 @@ def cost_of(tallies: list[Tally], n: int) -> dict[str, float]:
     }
 
 
-def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Tensor) -> dict[str, Any]:
-    """One entry of ``Result.threats``."""
+def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Tensor, clean: int) -> dict[str, Any]:
+    """One entry of ``Result.threats``; ``clean``: how many images are classified correctly without an adversary."""
     n, k = len(verdict), int(verdict.sum())
+    curve, ends = cost_curve(clean, n, tallies)
     per_attack = {
         label: {
             "robust_accuracy": t.correct / n,
@@ -162,6 +174,7 @@ def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Te
             "reached": t.reached,
             "outside": t.outside,
             "flags": t.flags,
+            "spent": ends[label],
         }
         for label, t in tallies.items()
     }
@@ -173,6 +186,7 @@ def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Te
         "interval": list(wilson(k, n)),
         "per_attack": per_attack,
         "cost": cost_of(list(tallies.values()), n),
+        "curve": curve,
     }
 
 
@@ -184,6 +198,40 @@ def corruption_summary(tallies: dict[tuple[str, int], Tally], n: int) -> dict[st
     for row in out.values():
         row["mean"] = sum(row.values()) / len(row)
     return out
+
+
+def cost_curve(clean: int, n: int, tallies: dict[str, Tally]) -> tuple[list[list[float]], dict[str, float]]:
+    """Robust accuracy against what the adversary may spend on each image: a step function, right at each of its points.
+
+    At c it is the share of all n images that no attack broke with at most c passes (forwards and backwards, those of earlier
+    attacks included), the attacks taken in order.
+
+    Args:
+        clean: images classified correctly without an adversary.
+        n: images.
+        tallies: of the attacks, in order.
+
+    Returns:
+        ``[passes, robust accuracy]`` in order of the passes, from no passes to the most that any image got, ``POINTS`` at most; and
+        for each attack the most that any image had got when it ended.
+    """
+    spent, broken, ends = dict[int, float](), Counter[float](), dict[str, float]()
+    for label, tally in tallies.items():
+        for i, passes in tally.spent.items():
+            spent[i] = spent.get(i, 0) + passes
+            if not tally.survived[i]:
+                broken[spent[i]] += 1
+        ends[label] = max(spent.values(), default=0)
+    last, left = max(ends.values(), default=0), clean
+    steps = [[0.0, clean / n]]
+    for passes in sorted(broken):
+        left -= broken[passes]
+        steps.append([passes, left / n])
+    if last > steps[-1][0]:
+        steps.append([last, left / n])
+    if len(steps) > POINTS:
+        steps = [steps[round(j * (len(steps) - 1) / (POINTS - 1))] for j in range(POINTS)]
+    return steps, ends
 
 
 def as_mask(indices: list[int], n: int) -> Tensor:
@@ -211,7 +259,7 @@ def assemble(
         corrupted: tallies by corruption and severity.
         known: the other fields of the result.
     """
-    rows = [threat_summary(*t, tallies, v) for t, tallies, v in zip(threats, attacked, verdicts, strict=True)]
+    rows = [threat_summary(*t, tallies, v, clean.correct) for t, tallies, v in zip(threats, attacked, verdicts, strict=True)]
     first, corruptions = rows[0] if rows else None, corruption_summary(corrupted, n)
     everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values()]
     return Result(

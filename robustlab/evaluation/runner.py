@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import robustlab
 from robustlab import geometry
 from robustlab.evaluation.adversarial import Keeper
-from robustlab.evaluation.counting import Counter
+from robustlab.evaluation.counting import Counter, per_sample
 from robustlab.evaluation.ledger import Ledger
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
@@ -354,6 +354,8 @@ class _Run:
         if self.keeper is not None:
             self.keeper.put(index + self.shift, x_adv)
         extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
+        if (each := per_sample(dict(info), len(x), counter)) is not None:
+            extra["passes"] = each
         return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
 
     def _corrupt(self, label: str, corruption: Corruption, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:

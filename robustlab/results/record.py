@@ -88,6 +88,7 @@ class AttackRow(_Strict):
     reached: Annotated[float, Field(ge=0)]
     outside: Number
     flags: list[str] = []
+    spent: Annotated[float, Field(ge=0)] | None = None
 
 
 class Cost(_Strict):
@@ -99,6 +100,8 @@ class Cost(_Strict):
 
 
 class ThreatRow(_Strict):
+    """``curve``: robust accuracy against passes per image, (passes, accuracy) in order; see ``evaluation.result.cost_curve``."""
+
     norm: Norm
     eps: Annotated[float, Field(ge=0)]
     k: Number
@@ -106,6 +109,7 @@ class ThreatRow(_Strict):
     interval: tuple[Share, Share]
     per_attack: dict[str, AttackRow]
     cost: Cost
+    curve: list[tuple[Annotated[float, Field(ge=0)], Share]] = []
 
 
 class Metrics(_Strict):
