@@ -210,6 +210,19 @@ def rescore(
     console.out.print(console.rescored_text(found), markup=False)
 
 
+@app.command()
+def curve(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some; of one suite.")],
+    out: Annotated[Path, typer.Option(help="The figure; .png and .svg are written.")] = Path("cost"),
+) -> None:
+    """Draw robust accuracy against cost: what is left when the adversary may spend so many passes on each image."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    for path in commands.draw_cost(records, out):
+        console.out.print(f"wrote {path}", markup=False)
+
+
 def read_shard(text: str | None) -> tuple[int, int] | None:
     """``2/5`` as (2, 5).
 
@@ -264,13 +277,11 @@ def add(
     folder: Annotated[Path, typer.Option("--board", help="The board to add to.")],
 ) -> None:
     """Copy records, with their ledgers, into a board; then `leaderboard build`."""
+    from robustlab import commands
     from robustlab.report import console
     from robustlab.results import leaderboard
 
-    files = [found for path in records for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
-    if not files:
-        raise UserError(f"{records[0]}: holds no record.json")
-    for path in files:
+    for path in commands.record_files(records):
         console.out.print(f"added {leaderboard.add(folder, path)}", markup=False)
 
 

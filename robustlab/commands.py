@@ -547,6 +547,30 @@ def _same_but_time(path: Path, record: Any) -> bool:
     return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics and kept
 
 
+def draw_cost(paths: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Draw robust accuracy against passes per image, from records or from the folders that hold them, to ``out`` .png and .svg.
+
+    Raises:
+        UserError: no record, or none with a curve, or several that do not belong in one figure.
+    """
+    from robustlab.report.figures import cost_curve
+    from robustlab.results.record import read_record
+
+    return cost_curve([read_record(p).model_dump(mode="json") for p in record_files(paths)], out)
+
+
+def record_files(paths: Sequence[Path]) -> list[Path]:
+    """The ``record.json`` files among these files and below these folders.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = [found for path in paths for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{paths[0]}: holds no record.json")
+    return files
+
+
 def build_board(folder: Path) -> list[Path]:
     """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
     from robustlab.report.figures import accuracy_curve
