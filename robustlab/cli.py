@@ -119,40 +119,48 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
+    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each.
+
+    Under `torchrun` the processes share the batches; each writes its own ledger, the first puts them together.
+    """
     from robustlab import commands
     from robustlab.config import load_suite
     from robustlab.report import console
 
-    suites = [load_suite(name) for name in suite or []]
-    radius = read_radius(eps)
-    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
-        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
-    piece = read_shard(shard)
-    if save_adversarial is not None and len(models) > 1:
-        raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
-    done = []
-    for model in models:
-        with console.EvaluationScreen(commands.model_label(model)) as screen:
-            done += commands.evaluate_one(
-                model,
-                suites,
-                data=data,
-                data_root=str(data_root) if data_root else None,
-                norm=norm,
-                eps=radius,
-                seed=seed,
-                num_examples=num_examples,
-                batch_size=batch_size,
-                device=device,
-                precision=precision,
-                out=out,
-                resume=resume,
-                reliability=reliability,
-                shard=piece,
-                save_adversarial=save_adversarial,
-                progress=screen,
-            )
+    with commands.side_by_side() as world:
+        suites = [load_suite(name) for name in suite or []]
+        radius = read_radius(eps)
+        if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+            raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+        piece = read_shard(shard)
+        if save_adversarial is not None and len(models) > 1:
+            raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
+        done = []
+        for model in models:
+            screen = console.EvaluationScreen(commands.model_label(model)) if world.rank == 0 else None
+            with screen or contextlib.nullcontext():
+                done += commands.evaluate_one(
+                    model,
+                    suites,
+                    data=data,
+                    data_root=str(data_root) if data_root else None,
+                    norm=norm,
+                    eps=radius,
+                    seed=seed,
+                    num_examples=num_examples,
+                    batch_size=batch_size,
+                    device=device,
+                    precision=precision,
+                    out=out,
+                    resume=resume,
+                    reliability=reliability,
+                    shard=piece,
+                    save_adversarial=save_adversarial,
+                    progress=screen,
+                    world=world,
+                )
+    if world.rank > 0:
+        return
     if as_json:
         print(json.dumps([record.model_dump(mode="json") for record, _ in done], indent=2))
         return
@@ -176,6 +184,7 @@ def merge(
         print(json.dumps(record.model_dump(mode="json"), indent=2))
         return
     console.out.print(console.record_text(record), markup=False)
+    console.out.print("  reliability  not examined: that needs the model, and a merge reads ledgers", markup=False)
     console.out.print(f"  {path}", markup=False, style="dim")
 
 
@@ -400,7 +409,8 @@ def run(args: list[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        lines, code = ("interrupted; what is written so far is whole: add --resume to go on",), 130
+        said = ("interrupted; what is written so far is whole: add --resume to go on",)
+        lines, code = said if _first_process() else (), 130
     except UserError as error:
         lines, code = error.lines, 2
     except BrokenPipeError:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
+from robustlab.types import Alone, Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, World, one_hot
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -340,6 +341,15 @@ def load_pair(
     return f, meta, part, splits
 
 
+def side_by_side() -> contextlib.AbstractContextManager[World]:
+    """The processes of this run; see ``training.distributed``."""
+    if "WORLD_SIZE" not in os.environ:
+        return contextlib.nullcontext(Alone())
+    from robustlab.training import distributed
+
+    return distributed.side_by_side()
+
+
 def evaluate_one(
     spec: str,
     suites: Sequence[Suite],
@@ -359,6 +369,7 @@ def evaluate_one(
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
 
@@ -372,17 +383,26 @@ def evaluate_one(
         device: ``auto``, ``cpu``, ``cuda``.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
+        world: several processes share the batches: each does one shard, the first puts them together. ``out`` is a folder that all
+            of them see. Of ``save_adversarial`` each writes its own file, ``NAME-i-of-n``.
 
     Returns:
-        (record, its path) for each suite, in order.
+        (record, its path) for each suite, in order; nothing in processes other than the first.
 
     Raises:
         UserError: anything that does not fit, before the first pass.
     """
+    from robustlab.evaluation import shards
     from robustlab.evaluation.runner import evaluate, threats_of
     from robustlab.results.record import record_from, write_record
 
-    where = torch_device(device)
+    where, world = torch_device(device), world or Alone()
+    if several := world.size > 1:
+        from robustlab.training.distributed import local_device
+
+        if shard is not None:
+            raise UserError(f"--shard {shard[0]}/{shard[1]}: {world.size} processes share out the batches themselves")
+        where, shard = local_device(where), (world.rank + 1, world.size)
     f, meta, part, splits = load_pair(spec, data, data_root, where)
     known = (meta or {}).get("config", {})
     if not suites:
@@ -407,11 +427,17 @@ def evaluate_one(
         "architecture": (meta or {}).get("model", {}).get("name"),
         "parameters": sum(p.numel() for p in f.parameters()),
     }
+    n = len(splits.test)
     out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
     for suite in suites:
         threats = threats_of(suite, threat)
         single = f"-{threats[0].norm}-{threats[0].eps:.6g}" if len(threats) == 1 else ""
-        folder = out_model / f"{suite.name}{single}" / (f"shard-{shard[0]}-of-{shard[1]}" if shard else "")
+        whole = out_model / f"{suite.name}{single}"
+        folder = whole / shards.folder_of(shard) if shard else whole
+        if several:
+            shards.check_enough(world.size, min(num_examples or suite.num_examples or n, n), batch_size)
+            shards.check_place(whole, world.size, resume=resume)
+            world.gather(torch.zeros(1))  # nobody begins before all have looked
         shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
         result = evaluate(
             f,
@@ -427,7 +453,7 @@ def evaluate_one(
             resume=resume,
             reliability=reliability and shard is None,  # a merge would drop it
             shard=shard,
-            save_adversarial=save_adversarial,
+            save_adversarial=save_adversarial if not several else _own_file(save_adversarial, shard),
             progress=shown,
         )
         record = record_from(
@@ -441,19 +467,39 @@ def evaluate_one(
         path = folder / (SHARD_RECORD if shard else "record.json")
         if not (path.exists() and _same_but_time(path, record)):
             write_record(path, record)
+        if several:
+            world.gather(torch.zeros(1))  # all are done
+            if world.rank > 0:
+                continue
+            own = [whole / shards.folder_of((i + 1, world.size)) for i in range(world.size)]
+            examine = functools.partial(shards.reliability, f, splits.test, device=where)
+            record, path = merge(own, again=resume, examine=examine if reliability else None)
         results.append((record, path))
     return results
+
+
+def _own_file(path: Path | None, shard: tuple[int, int] | None) -> Path | None:
+    """``adv.npz`` as ``adv-1-of-2.npz``."""
+    return path if path is None or shard is None else path.with_stem(f"{path.stem}-{shard[0]}-of-{shard[1]}")
 
 
 SHARD_RECORD = "shard.json"  # not record.json: a piece is no result, and boards collect results
 
 
-def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
+def merge(
+    ledgers: Sequence[Path],
+    out: Path | None = None,
+    *,
+    again: bool = False,
+    examine: Callable[[Any], dict[str, Any] | None] | None = None,
+) -> tuple[Any, Path]:
     """Put the ledgers of all shards of an evaluation together; writes the ledger and record that a single run writes.
 
     Args:
         ledgers: of the shards, or the folders that hold them.
         out: the folder to write to; None is the folder that the shards' folders lie in.
+        again: the folder may hold this very result already.
+        examine: makes the reliability report of a result.
 
     Returns:
         The record and its path.
@@ -476,16 +522,21 @@ def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
     if out is None and not all(path.parent.name.startswith("shard-") and path.parent.parent == folder for path in paths):
         raise UserError("merge: these shards do not lie in one folder: give --out")
     first = records[0]
-    ledger = shards.write(folder, header, entries)
+    ledger = shards.write(folder, header, entries, again=again)
     result = shards.result_of(
         header, entries, fingerprint=first.data.fingerprint, environment=first.environment, ledger=str(ledger)
     )
+    if examine is not None:
+        result = dataclasses.replace(result, reliability=examine(result))
     known = first.model.model_dump(exclude={"hash"})
     data = {"name": first.data.name, "split": first.data.split}
     record = record_from(
         result, model=known, data=data, command=command_line(), config=first.provenance.config, commit=first.provenance.commit
     )
-    return record, write_record(folder / "record.json", record)
+    path = folder / "record.json"
+    if not (path.exists() and _same_but_time(path, record)):
+        write_record(path, record)
+    return record, path
 
 
 def rescore(

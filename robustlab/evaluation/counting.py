@@ -46,8 +46,10 @@ class Counter:
 
 
 def per_sample(info: Mapping[str, Any], n: int, counter: Counter) -> list[list[int]] | None:
-    """Forward and backward passes spent on each of n samples, as an attack tells them: n pairs. None where its figures do not add up
-    to what was counted, or it tells none."""
+    """Forward and backward passes spent on each of n samples, as an attack tells them: n pairs.
+
+    None where it tells none, or they do not add up to what was counted.
+    """
     told = info.get("passes")
     if not isinstance(told, Tensor) or told.shape != (n, 2) or told.dtype != torch.int64 or bool((told < 0).any()):
         return None
