@@ -19,6 +19,7 @@ import pytest
 import torch
 from processes import Command, free_port, ranks
 
+from robustlab import create_attack
 from robustlab.cli import run
 from robustlab.config import load_suite
 from robustlab.evaluation import shards
@@ -103,6 +104,21 @@ def test_another_seed_is_seen(problem, tmp_path):
     """What is compared above can differ."""
     _, found = problem.evaluate(tmp_path, batch_size=N, seed=4)
     assert found != problem.whole[1]
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_square_takes_no_rounding_for_progress(problem, norm):
+    """A classifier that sees nothing of the image, but for the last bits of its sums."""
+    noise = torch.Generator().manual_seed(0)
+
+    def blind(x):
+        z = torch.zeros(len(x), 10, dtype=x.dtype)
+        z[:, 0] = 8.0
+        return z + 1e-14 * torch.rand(z.shape, generator=noise, dtype=x.dtype)
+
+    x, y = problem.data[0].double(), torch.zeros(N, dtype=torch.long)
+    start, end = (create_attack("square", norm=norm, eps=0.1, queries=q)(blind, x, y, seed=0) for q in (1, 60))
+    assert torch.equal(start, end)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5])
