@@ -96,9 +96,7 @@ def main() -> int:
             if not reference:
                 reference = found
                 broken = len({k[2] for k, v in found.items() if not v[0]})
-                print(
-                    f"{dtype}: {args.num_examples - broken} of {args.num_examples} robust in batches of {size}; otherwise elsewhere:"
-                )
+                print(f"{dtype}: {args.num_examples - broken} of {args.num_examples} robust in batches of {size}; elsewhere:")
                 continue
             name = f"batches of {size}" + (f", {n} shards" if n else "")
             rows[name] = compare(reference, found)
