@@ -55,15 +55,15 @@ def joined(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield Processes()
     except RuntimeError as error:
         if not _broken(error):
             raise
         raise _another_ended() from error
     finally:
-        dist.destroy_process_group()
+        _leave()
 
 
 @contextlib.contextmanager
@@ -79,9 +79,11 @@ def side_by_side() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    failures = dist.PrefixStore("failures", dist.distributed_c10d._get_default_store())
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    failures = dist.PrefixStore("failures", store)
     try:
+        own = dist.PrefixStore("processes", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
         yield Processes()
     except (UserError, RuntimeError) as error:
         ended = not isinstance(error, UserError)
@@ -95,7 +97,7 @@ def side_by_side() -> Iterator[World]:
             raise UserError() from error
         raise (_another_ended() if ended else error) from error
     finally:
-        dist.destroy_process_group()
+        _leave()
 
 
 def _broken(error: RuntimeError) -> bool:
@@ -103,8 +105,13 @@ def _broken(error: RuntimeError) -> bool:
     return "onnection" in str(error) or isinstance(error, dist.DistError)
 
 
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _another_ended() -> UserError:
-    return UserError(f"process {dist.get_rank()}: another process of this run has ended; see what it said")
+    return UserError(f"process {os.environ.get('RANK')}: another process of this run has ended; see what it said")
 
 
 def local_device(device: torch.device) -> torch.device:
