@@ -170,6 +170,54 @@ def evaluate(
 
 
 @app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="package.module:callable, a checkpoint, timm:NAME or torchvision:NAME.")],
+    eps: Annotated[str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255.")] = None,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    suite: Annotated[str, typer.Option(help="What the robust accuracy is measured with.")] = "autoattack",
+    num_examples: Annotated[int, typer.Option("--num-examples", "-n", min=4, help="The first N test images.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("audits"),
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Say in one HTML report what the robustness of a model that you did not train is worth."""
+    from robustlab import auditing, commands
+    from robustlab.report import console
+
+    radius = read_radius(eps)
+    if radius is None:
+        raise UserError("audit: give --eps, for example --eps 8/255")
+    with console.AuditScreen(commands.model_label(model)) as screen:
+        found, page = auditing.audit(
+            model,
+            data=data,
+            data_root=str(data_root) if data_root else None,
+            norm=norm,
+            eps=radius,
+            suite=suite,
+            num_examples=num_examples,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            out=out,
+            resume=resume,
+            progress=screen,
+        )
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console.out.print(found["verdict"]["text"], markup=False, style="bold")
+    for reason in found["verdict"]["reasons"]:
+        console.out.print(f"  {reason}", markup=False)
+    console.out.print(f"  {page}", markup=False, style="dim")
+
+
+@app.command()
 def merge(
     ledgers: Annotated[list[Path], typer.Argument(help="The ledgers of all shards, or their folders.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write into; default: the one that holds the shards' folders.")] = None,

@@ -643,7 +643,32 @@ def build_board(folder: Path) -> list[Path]:
     if swept:
         first = swept[0]["suite"]["name"]
         written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
-    return [*leaderboard.build(folder), *written]
+    return [*leaderboard.build(folder), write_board_page(folder), *written]
+
+
+def write_board_page(folder: Path) -> Path:
+    """Write a board's ``index.html``."""
+    import dataclasses
+
+    from robustlab.files import atomic_write
+    from robustlab.report.board_page import board_page
+    from robustlab.results import leaderboard
+
+    found = leaderboard.sections(folder)
+    shown = [
+        {
+            "heading": s.heading,
+            "facts": s.facts,
+            "rows": [dataclasses.asdict(r) | {"links": leaderboard.link_pairs(r.links)} for r in s.rows],
+        }
+        for s in found
+        if s.series is None
+    ]
+    curve = folder / "curve.png"
+    told = dataclasses.asdict(leaderboard.read_board(folder))
+    text = board_page(told, shown, leaderboard.sweeps(found), curve if curve.exists() else None)
+    atomic_write(folder / "index.html", text)
+    return folder / "index.html"
 
 
 def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Path]:

@@ -142,6 +142,17 @@ class EvaluationScreen(_Screen):
         self._bar.update(self._task, completed=event["done"], description=f"{self.label}  {event['suite']}", note=text)
 
 
+class AuditScreen(EvaluationScreen):
+    """Shows an audit: which of its parts runs, and the progress of the suites inside."""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if "part" not in event:
+            super().__call__(event)
+            return
+        text = f"{self.label}  part {event['number']} of {event['of']}: {event['part']}"
+        (self._bar.console if self._bar else err).print(text, markup=False, style="dim")
+
+
 def run_text(run: Any) -> str:
     """What a configuration trains, in one line."""
     what = f"{run.model.name} on {run.data.name}, {run.threat.norm} {format_eps(run.threat.eps, run.threat.norm)}"

@@ -644,6 +644,11 @@ def _links(folder: Path, row: Row) -> str:
     return " ".join(links)
 
 
+def link_pairs(links: str) -> list[tuple[str, str]]:
+    """The text and address of each Markdown link of a row."""
+    return re.findall(r"\[([^\]]+)\]\(([^)]+)\)", links)
+
+
 def find_above(folder: Path, name: str) -> Path | None:
     """The file of a relative name, in the first folder above the board (or the board itself) that holds it."""
     if Path(name).is_absolute():
