@@ -225,8 +225,8 @@ def main() -> int:
             stored["figures"] = compare(stored["ours"], stored["reference"]) if stored["reference"] else None
             if args.out:
                 write_json(args.out, stored)
-    figures = stored["figures"]
-    print(f"AutoAttack {args.version}, {args.norm} {args.eps:g}, {len(x)} images of {spec["name"]}, {args.seeds} seeds, {args.model}")
+    figures, name = stored["figures"], spec["name"]
+    print(f"AutoAttack {args.version}, {args.norm} {args.eps:g}, {len(x)} images of {name}, {args.seeds} seeds, {args.model}")
     print(describe(figures, stored["ours"], stored["reference"]))
     own = figures["own_agreement"]["reference"]
     met = abs(figures["difference"]) <= 0.005 and (own is None or figures["agreement"] >= own - 0.005)
