@@ -1,5 +1,6 @@
 """The audit: five models, five verdicts; every part is kept; an interrupted audit goes on; the page in a browser."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -71,7 +72,7 @@ def test_a_robust_callable(here, capsys):
     assert accuracies == sorted(accuracies, reverse=True), "robust accuracy falls with the radius"
     assert accuracies[0] == told["suite"]["record"]["metrics"]["clean"]["accuracy"]
     losses = [s["loss"] for s in told["steps"]]
-    assert all(b > a - 1e-5 for a, b in zip(losses, losses[1:], strict=False)), "on a linear model more steps do not lower the loss"
+    assert all(b > a - 1e-5 for a, b in itertools.pairwise(losses)), "on a linear model more steps do not lower the loss"
     assert set(told["calibration"]) == {"clean", "adversarial", "corrupted"}
     assert told["command"].startswith("robustlab audit") or "audit" in told["command"]
 
