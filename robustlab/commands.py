@@ -699,3 +699,38 @@ def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Pat
         write_json(path, card_from(record, told.get(row.model)).dump())
         written.append(path)
     return written
+
+
+def push(run: Path, target: str, *, records: Sequence[Path] = (), private: bool = False) -> str:
+    """Share a run's best checkpoint, in timm's hub layout with a model card.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        target: ``hf:user/name``, or a local folder that gets the same files.
+        records: results to put on the card; those of other weights are refused. Empty: those found below the run's folder.
+        private: of a repository that is made.
+
+    Returns:
+        The repository's address, or the folder.
+
+    Raises:
+        UserError: no checkpoint, a record of another model, or the hub refuses.
+    """
+    import tempfile
+
+    from robustlab.models import hub
+    from robustlab.models.checkpoint import read_meta
+    from robustlab.report.card import model_card
+    from robustlab.results.record import read_record
+
+    checkpoint = run / "best.safetensors" if run.is_dir() else run
+    meta, digest = read_meta(checkpoint), sha256(checkpoint)
+    found = [read_record(path) for path in (records or sorted(checkpoint.parent.rglob("record.json")))]
+    if records and (other := [str(p) for p, r in zip(records, found, strict=True) if r.model.checkpoint != digest]):
+        raise UserError(f"{other[0]}: a result of other weights than {checkpoint}")
+    rows = [r.model_dump(mode="json") for r in found if r.model.checkpoint == digest]
+    if not target.startswith(hub.PREFIX):
+        return str(hub.write_folder(checkpoint, target, model_card(meta, rows, target)))
+    with tempfile.TemporaryDirectory() as folder:
+        hub.write_folder(checkpoint, folder, model_card(meta, rows, target))
+        return hub.upload(folder, target, private=private)

@@ -205,6 +205,25 @@ def rescored_text(found: Any) -> str:
     return "\n".join(lines)
 
 
+def diff_text(found: dict[str, Any]) -> str:
+    """How two runs differ, in one line per fact."""
+    first, second = found["names"]
+    lines = [f"{first} against {second}, {found['n']} test images"]
+    lines += [f"  {key}: {a} -> {b}" for key, (a, b) in found["config"].items()]
+    for name, gap in zip(found["names"], found["gaps"], strict=True):
+        if gap is not None:
+            best, last = (f"{gap[k]['val_robust']:.1%} (epoch {gap[k]['epoch']})" for k in ("best", "last"))
+            lines.append(f"  {name}: best probe {best}, last {last}, robust overfitting {gap['points']:.1f} points")
+    for what, p in found["paired"].items():
+        a, b = ((p.first_only + p.both) / found["n"], (p.second_only + p.both) / found["n"])
+        told = "told apart" if p.p < 0.05 else "not told apart"
+        lines.append(
+            f"  {what}: {a:.1%} -> {b:.1%}, difference {100 * p.difference:+.1f} points; only the first {p.first_only}, only the "
+            f"second {p.second_only}; McNemar p = {p.p:.3g}: {told}"
+        )
+    return "\n".join(lines)
+
+
 def share(value: float, interval: Sequence[float]) -> str:
     return f"{value:6.1%}  (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
 
