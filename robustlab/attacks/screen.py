@@ -83,7 +83,7 @@ class Screen(Attack):
 
 
 def _distance(f: Classifier, x: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """How far the true class is ahead (N,), and the distance at which, to first order, it no longer is: infinite if beyond the box."""
+    """How far the true class is ahead (N,), and at which distance to first order it no longer is; infinite if beyond the box."""
     g, behind, _ = input_gradient(f, x, y, losses.margin)
     reach = (g * (geometry.linear_max(g, x, "linf", 1.0) - x)).flatten(1).sum(1)
     far = -behind / geometry.norm_of(g, geometry.DUAL[norm])

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from robustlab.evaluation.audit import Audit, judged
+from robustlab.evaluation.cascade import gate_of
 from robustlab.evaluation.ledger import encoded, first_difference, read, threat_name
 from robustlab.evaluation.result import Result, Tally, assemble
 from robustlab.files import atomic_write, exclusive
-from robustlab.types import UserError
+from robustlab.types import Threat, UserError
 
 Shard = tuple[int, int]
 Entries = list[dict[str, Any]]
@@ -136,4 +138,23 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             verdicts[names.index(threat_name(e["threat"]))][broken] = False
     threats = [(t["norm"], t["eps"]) for t in header["threats"]]
     same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, **same, **known)
+    audits = _unaudited(header, entries, verdicts)
+    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, audits, **same, **known)
+
+
+def _unaudited(header: Mapping[str, Any], entries: Entries, verdicts: list[torch.Tensor]) -> list[dict[str, Any] | None]:
+    """The audits of a suite that stands in for another: shards do none, so they say how much there is to audit."""
+    from robustlab import config
+
+    if "exact" not in header["suite"]["resolved"]:
+        return [None for _ in verdicts]
+    suite = config.build("suite", header["suite"]["resolved"])
+    gate, settled = gate_of(suite), judged(suite, config.build("suite", suite.exact))
+    out: list[dict[str, Any] | None] = []
+    for t, robust in zip(header["threats"], verdicts, strict=True):
+        pool = set(robust.nonzero().flatten().tolist())
+        if settled and gate is not None:
+            led = [e for e in entries if threat_name(e["threat"]) == threat_name(t) and e["attack"] == gate.label]
+            pool &= {row for e in led for row, spared in zip(e["index"], gate.spares(e), strict=True) if spared}
+        out.append(Audit(suite.exact, list(pool), header["n"], header["seed"], Threat(t["norm"], t["eps"])).to_dict())
+    return out

@@ -6,10 +6,11 @@
 
 Most of AutoAttack's passes go into samples that nothing breaks. The screen (``robustlab explain screen``) breaks nearly all that
 can be broken, and says of each survivor how far it is from that; those that a full budget would still break were the nearest in
-trials. The others are believed, which an audit checks: a random sample of them gets the exact suite, every one that breaks counts as
-broken, and from the number that did follows a bound on how many are left (one-sided, 95 %, hypergeometric).
+trials. The others are believed, which an audit checks: a random sample of them gets the exact suite, every one that breaks counts
+as broken, and from the number that did follows a bound on how many are left (one-sided, 95 %, hypergeometric).
 
-Behind the screen the draws are AutoAttack's own: a sample that gets all of it gets the verdict that AutoAttack with this seed gives.
+Behind the screen the draws are AutoAttack's own: a sample that it gives all of AutoAttack gets the verdict of AutoAttack with this
+seed, or is broken by the screen already.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from robustlab.types import Attack, BoundSuite, Whole
 class AutoAttackFast(BoundSuite):
     """A screen of all samples, AutoAttack's full budgets on the near misses, an audit of the rest: an upper bound.
 
-    Costs about 220 forwards and backwards per sample that stays robust (ten classes), AutoAttack's 7,800 and 1,900 more for each near
+    Costs 211 forwards and 219 backwards per sample that stays robust (ten classes), and AutoAttack's 7,800 and 1,900 for each near
     miss and each of the 60 audited.
     """
 
@@ -37,7 +38,7 @@ class AutoAttackFast(BoundSuite):
 class AutoAttackQuick(BoundSuite):
     """A screen of all samples and APGD's full budgets on the near misses; no FAB, no Square: an upper bound, and not AutoAttack.
 
-    Costs about 220 forwards and backwards per sample that stays robust (ten classes), and 1,010 more for each near miss.
+    Costs 211 forwards and 219 backwards per sample that stays robust (ten classes), and 1,010 more of each for a near miss.
     """
 
     exact: str = "autoattack"
@@ -48,7 +49,7 @@ class AutoAttackQuick(BoundSuite):
 class ScreenAlone(BoundSuite):
     """The screen alone: a monitor for training, and an upper bound.
 
-    Costs about 220 forwards and backwards per sample that stays robust (ten classes).
+    Costs 211 forwards and 219 backwards per sample that stays robust (ten classes).
     """
 
     exact: str = "autoattack"
