@@ -28,7 +28,7 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
+from robustlab.types import BoundSuite, Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -358,6 +358,8 @@ def evaluate_one(
     reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
@@ -370,6 +372,7 @@ def evaluate_one(
         seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
             ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
+        audit, audit_bound: as there, for the suites that have audits; at least one has to.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
 
@@ -391,6 +394,9 @@ def evaluate_one(
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
     if save_adversarial is not None and len(suites) > 1:
         raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
+    asked = {"audit": audit, "audit_bound": audit_bound}
+    if asked != dict.fromkeys(asked) and not any(isinstance(s, BoundSuite) for s in suites):
+        raise UserError(f"--audit: {', '.join(s.name for s in suites)}: nothing is spared any attack here, so nothing to audit")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -429,6 +435,7 @@ def evaluate_one(
             shard=shard,
             save_adversarial=save_adversarial,
             progress=shown,
+            **(asked if isinstance(suite, BoundSuite) else {}),  # type: ignore[arg-type]
         )
         record = record_from(
             result,

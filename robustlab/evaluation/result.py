@@ -105,7 +105,7 @@ class Result:
         if self.robust_accuracy is not None and self.interval is not None:
             parts.append(_show("robust" if audit is None else "robust at most", self.robust_accuracy, self.interval))
             if audit is not None and audit["audited"]:
-                parts[-1] += f" and at most {audit['points']:.2f} points less under {audit['suite']}"
+                parts[-1] += f" (audit: by at most {audit['points']:.2f} points too high)"
             where = f"{self.threats[0]['norm']} {self.threats[0]['eps']:.4g}, {where}"
         if self.corruption_accuracy is not None:
             parts.append(f"corruptions {100 * self.corruption_accuracy:.2f} %")

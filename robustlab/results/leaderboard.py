@@ -6,7 +6,8 @@
     index.md      the tables; index.csv: every row of them
 
 Only like is ranked with like: a section holds the records of one suite (every parameter of it), threat model, data set, split,
-number of images and precision. Within it, rows are sorted by robust accuracy and grouped: a group starts with the best row
+number of images and precision. A suite that stands in for another gives upper bounds: they rank by what the audit leaves of them,
+and not at all without one. Within a section, rows are sorted by robust accuracy and grouped: a group starts with the best row
 that is left and takes every following row whose interval overlaps that of the group's first. The data do not tell the rows of
 one group apart.
 """
@@ -42,12 +43,13 @@ TEMPLATE = """\
 
 {{ s.facts }}
 
-| rank | model | trainer | fidelity | clean % | robust % | 95 % interval | n | eps | corruptions % | forwards | backwards \
-| seconds | links |
-|---:|---|---|---|---:|---:|:---:|---:|---:|---:|---:|---:|---:|---|
+| rank | model | trainer | fidelity | clean % | robust % |{{ " too high by % |" if s.exact else "" }} 95 % interval | n | eps \
+| corruptions % | forwards | backwards | seconds | links |
+|---:|---|---|---|---:|---:|{{ "---:|" if s.exact else "" }}:---:|---:|---:|---:|---:|---:|---:|---|
 {% for r in s.rows -%}
 | {{ r.rank or "-" }} | {{ r.model | cell }} | {{ r.trainer | cell }} | {{ r.fidelity | cell }} | {{ r.clean | percent }} \
-| {{ r.robust | percent }} | {{ r | interval }} | {{ r.n }} | {{ r.radius }} | {{ r.corruption | percent }} \
+| {{ r.robust | percent }} |{{ " " ~ (r.bound | points) ~ " |" if s.exact else "" }} {{ r | interval }} | {{ r.n }} \
+| {{ r.radius }} | {{ r.corruption | percent }} \
 | {{ r.forwards | count }} | {{ r.backwards | count }} | {{ r.seconds | count }} | {{ r.links }} |
 {% endfor %}
 {%- endfor %}
@@ -84,7 +86,8 @@ fractions of all n images. Forwards, backwards and seconds are what the suite's 
 class Row:
     """One model in one section; accuracies are fractions, costs per image.
 
-    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it.
+    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it; ``bound`` is by how many points the robust
+    accuracy may be too high, where an audit says so.
     """
 
     model: str
@@ -109,17 +112,22 @@ class Row:
     radius: str = "-"
     runs: int = 1
     rank: int | None = None
+    bound: float | None = None
     links: str = field(default="", repr=False)
 
 
 @dataclass
 class Section:
-    """Rows that rank together. ``series`` names what sections of a suite with several radii have in common."""
+    """Rows that rank together.
+
+    ``series`` names what sections of a suite with several radii have in common, ``exact`` the suite that this one stands in for.
+    """
 
     heading: str
     facts: str
     rows: list[Row]
     series: str | None = None
+    exact: str | None = None
 
 
 @dataclass
@@ -263,11 +271,12 @@ def sections(board_dir: str | Path) -> list[Section]:
     out = []
     for key in sorted(groups, key=lambda k: _order(k, board)):
         rows = [_row(folder, path, r, t, corruption.get((_model(r), _data(r))), ambiguous) for path, r, t in groups[key]]
-        rows = _rank(_worst(rows))
         _, first, threat = groups[key][0]
+        exact = threat.audit.suite if threat is not None and threat.audit is not None else None
+        rows = _rank(_worst(rows), bounds=exact is not None)
         swept = all(len(r.metrics.threats) > 1 for _, r, _ in groups[key])
         series = _canonical([*key[0], *key[1:4], key[5]]) if swept else None
-        out.append(Section(_heading(first, threat), _facts(first, threat, key in _variants(groups)), rows, series))
+        out.append(Section(_heading(first, threat), _facts(first, threat, key in _variants(groups)), rows, series, exact))
     return out
 
 
@@ -321,6 +330,7 @@ def render(board: Board, found: list[Section], curve: str | None = None) -> str:
         cell=lambda v: "-" if v is None else re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(v).split())),
         percent=lambda v: "-" if v is None else f"{100 * (v.robust if isinstance(v, Row) else v):.2f}",
         count=lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
+        points=lambda v: "?" if v is None else f"<= {v:.2f}",
         interval=lambda r: "-" if r is None or r.low is None else f"{100 * r.low:.2f} - {100 * r.high:.2f}",
     )
     ranked = [s for s in found if s.series is None]
@@ -406,6 +416,7 @@ def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: f
         entry=path.relative_to(folder).as_posix(),
         config=r.provenance.config,
         radius="-" if t is None else format_eps(t.eps, t.norm),
+        bound=t.audit.points if t is not None and t.audit is not None and t.bounded else None,
     )
     row.links = _links(folder, row)
     return row
@@ -452,10 +463,13 @@ def _score(row: Row) -> tuple[float, float, str]:
     return main, row.clean, row.entry
 
 
-def _rank(rows: list[Row]) -> list[Row]:
-    rows = sorted(rows, key=lambda r: (-_score(r)[0], -r.clean, r.model, r.entry))
-    if all(r.low is not None for r in rows):
-        for row, rank in zip(rows, rank_groups([(r.low or 0.0, r.high or 0.0) for r in rows]), strict=True):
+def _rank(rows: list[Row], bounds: bool) -> list[Row]:
+    """Sort and rank; of upper bounds only those that an audit limits, by intervals that reach down to the limit."""
+    rows = sorted(rows, key=lambda r: (bounds and r.bound is None, -_score(r)[0], -r.clean, r.model, r.entry))
+    able = [r for r in rows if r.bound is not None] if bounds else rows
+    if all(r.low is not None for r in able):
+        intervals = [((r.low or 0.0) - (r.bound or 0.0) / 100, r.high or 0.0) for r in able]
+        for row, rank in zip(able, rank_groups(intervals), strict=True):
             row.rank = rank
     return rows
 
@@ -463,8 +477,10 @@ def _rank(rows: list[Row]) -> list[Row]:
 def _heading(r: Record, t: ThreatRow | None) -> str:
     if t is None:
         return f"{r.data.name}, no attack"
-    return f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}" + (
-        "" if r.precision == "fp32" else f", {r.precision}"
+    return (
+        f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}"
+        + ("" if r.precision == "fp32" else f", {r.precision}")
+        + ("" if t.audit is None else ": upper bounds")
     )
 
 
@@ -472,6 +488,11 @@ def _facts(r: Record, t: ThreatRow | None, variant: bool) -> str:
     text = f"The first {r.data.n} {r.data.split} images (fingerprint `{r.data.fingerprint[:12]}`)."
     if r.precision != "fp32":
         text += f" The search ran in {r.precision}; these figures do not compare with full precision."
+    if t is not None and t.audit is not None:
+        text += (
+            f" Upper bounds on the robust accuracy under {t.audit.suite}, beside which they do not rank; the audit says by how many"
+            " points at most they are too high (95 %). A record without one has no rank: `robustlab evaluate --resume --audit N`."
+        )
     if variant and t is not None:
         text += f" Suite parameters: `{_canonical(r.suite.resolved)}`."
     return text
