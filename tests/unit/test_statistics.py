@@ -74,7 +74,9 @@ def test_what_is_left_is_the_largest_number_that_the_draw_does_not_refute(popula
             assert most_left(population, drawn, bad, alpha) == max(kept) - bad, (drawn, bad)
 
 
-@pytest.mark.parametrize(("population", "drawn", "bad"), [(450, 60, 0), (450, 100, 2), (4500, 300, 0), (50_000, 60, 1), (200, 199, 5)])
+@pytest.mark.parametrize(
+    ("population", "drawn", "bad"), [(450, 60, 0), (450, 100, 2), (4500, 300, 0), (50_000, 60, 1), (200, 199, 5)]
+)
 def test_what_is_left_agrees_with_scipy(population, drawn, bad):
     total = most_left(population, drawn, bad) + bad
     assert hypergeom.cdf(bad, population, total, drawn) > 0.05
