@@ -11,12 +11,13 @@ may err: the j-th is at confidence 1 - 0.05 / 2^j, so that all together are at 9
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from robustlab.evaluation.cascade import Gate, gate_of, steps_of
 from robustlab.evaluation.result import Tally
 from robustlab.evaluation.statistics import ALPHA, draws_needed, most_left
 from robustlab.rng import Rng
@@ -69,7 +70,6 @@ class Audit:
         self.most = None if points is None else int(points / 100 * n + 1e-9)
         self.order = _shuffled(sorted(pool), Rng(seed).child("audit", threat.norm, repr(threat.eps)))
         self.audited = self.misses = self.looks = 0
-        self.left = len(pool)
         self.tally = Tally()
 
     def pieces(self, size: int, known: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
@@ -82,19 +82,27 @@ class Audit:
             known: pieces that an earlier run cut: where they begin and how long they are.
         """
         while not self._enough():
+            self.looks += self.most is not None
             goal = self._goal()
             while self.audited < goal:
-                yield self._piece(known.get(self.audited, min(size, goal - self.audited)))
-            self.looks += 1
-            self.left = most_left(len(self.order), self.audited, self.misses, self._alpha(self.looks))
+                yield self.piece(known.get(self.audited, min(size, goal - self.audited)))
         while self.audited in known:  # asked for less than there is
-            yield self._piece(known[self.audited])
-            self.looks = max(self.looks, 1)
-            self.left = most_left(len(self.order), self.audited, self.misses, self._alpha(self.looks))
+            yield self.piece(known[self.audited])
 
-    def count(self, audited: int, misses: int) -> None:
+    def piece(self, length: int) -> tuple[int, list[int]]:
+        """Where in the order the next so many samples begin, and their positions, ascending."""
+        return self.audited, sorted(self.order[self.audited : self.audited + length])
+
+    def count(self, audited: int, misses: int, looks: int = 0) -> None:
+        """Take in a piece; ``looks``: what the ledger says that it was for."""
         self.audited += audited
         self.misses += misses
+        self.looks = max(self.looks, looks)
+
+    @property
+    def left(self) -> int:
+        """How many of the others would break, at most."""
+        return most_left(len(self.order), self.audited, self.misses, ALPHA / 2**self.looks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; see ``Result.threats``."""
@@ -112,21 +120,64 @@ class Audit:
             "seconds": self.tally.seconds,
         }
 
-    def _piece(self, length: int) -> tuple[int, list[int]]:
-        return self.audited, sorted(self.order[self.audited : self.audited + length])
-
     def _enough(self) -> bool:
         if self.most is None:
             return self.audited >= self.size
-        return self.audited == len(self.order) or (self.looks > 0 and self.left <= self.most)
+        return self.audited == len(self.order) or (self.audited >= self.size and self.left <= self.most)
 
     def _goal(self) -> int:
         if self.most is None:
             return self.size
-        return max(self.size, draws_needed(len(self.order), self.misses, self.most, self._alpha(self.looks + 1)))
+        return max(self.size, draws_needed(len(self.order), self.misses, self.most, ALPHA / 2**self.looks))
 
-    def _alpha(self, look: int) -> Fraction:
-        return ALPHA if self.most is None else ALPHA / 2**look
+
+def recount(header: Mapping[str, Any], entries: Sequence[dict[str, Any]], robust: Sequence[Tensor]) -> list[Audit | None]:
+    """The audits that a ledger tells, one for each threat model; None where its suite stands in for no other.
+
+    Args:
+        header, entries: the ledger.
+        robust: who survived the suite's own attacks (n,), for each threat model.
+
+    Raises:
+        UserError: lines that no audit writes.
+    """
+    from robustlab import config
+
+    if "exact" not in header["suite"]["resolved"]:
+        return [None for _ in robust]
+    suite = config.build("suite", header["suite"]["resolved"])
+    exact = config.build("suite", suite.exact)
+    found: list[Audit | None] = []
+    for t, survived in zip(header["threats"], robust, strict=True):
+        own = [e for e in entries if e["threat"] == t]
+        pool = set(survived.nonzero().flatten().tolist())
+        if judged(suite, exact):
+            pool &= spared(gate_of(suite), own)
+        audit = Audit(suite.exact, list(pool), header["n"], header["seed"], Threat(t["norm"], t["eps"]))
+        lines = {(e["batch"], e["attack"]): e for e in own if e["attack"].startswith(PREFIX)}
+        _take_in(audit, lines, [PREFIX + step.label for step in steps_of(exact)])
+        found.append(audit)
+    return found
+
+
+def _take_in(audit: Audit, lines: dict[tuple[int, str], dict[str, Any]], labels: list[str]) -> None:
+    while lines:
+        start, left = audit.piece(len(lines.get((audit.audited, labels[0]), {"index": ()})["index"]))
+        given, looks = len(left), 0
+        for label in labels:
+            line = lines.pop((start, label), None)
+            if line is None or line["index"] != left or not given:
+                raise UserError(f"'{label}', from {start}: missing, or not the samples that the seed draws")
+            left = [row for row, v in zip(left, line["verdict"], strict=True) if v]
+            looks = line["looks"]
+            audit.tally.add(line)
+        audit.count(given, given - len(left), looks)
+
+
+def spared(gate: Gate | None, entries: Iterable[Mapping[str, Any]]) -> set[int]:
+    """Positions of the samples that a gate spares the attacks behind it, among these lines of a ledger."""
+    led = [e for e in entries if gate is not None and e["attack"] == gate.label]
+    return {row for e in led if gate is not None for row, out in zip(e["index"], gate.spares(e), strict=True) if out}
 
 
 def _shuffled(pool: list[int], rng: Rng) -> list[int]:

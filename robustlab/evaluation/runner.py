@@ -267,7 +267,7 @@ class _Run:
         self.seen = self.batches = 0
         self.rows, self.labels = list[int](), list[Tensor]()  # the images evaluated so far: their positions and labels
         self.clean, self.clean_rows = Tally(), list[int]()
-        self.images = list[str]()  # hashes of the batches
+        self.images, self.note = list[str](), dict[str, Any]()  # hashes of the batches; what else the ledger's lines say
         self.attacked = [{step.label: Tally() for step in self.steps} for _ in threats]
         self.robust_rows: list[list[int]] = [[] for _ in threats]
         self.spared_rows: list[list[int]] = [[] for _ in threats]
@@ -381,10 +381,12 @@ class _Run:
             known = {key[2]: len(entry["index"]) for key, entry in self.ledger.done.items() if key[:2] == name}
             for self.batches, rows in audit.pieces(batch_size, known):
                 index = torch.tensor(rows)
+                self.note = {"looks": audit.looks}
                 images = functools.cache(functools.partial(self._gathered, index, again))
                 attack = functools.partial(self._audit, threat, audit.tally, index, images)
                 alive, _ = descend(torch.ones(len(rows), dtype=torch.bool), steps, None, attack)
-                audit.count(len(rows), int((~alive).sum()))
+                looks = self.ledger.done.get((*name, self.batches), {"looks": audit.looks})["looks"]
+                audit.count(len(rows), int((~alive).sum()), looks)
                 broken = set(index[~alive].tolist())
                 self.robust_rows[number] = [row for row in self.robust_rows[number] if row not in broken]
 
@@ -495,6 +497,7 @@ class _Run:
             "forwards": forwards,
             "backwards": backwards,
             **extra,
+            **self.note,
             "seed": self.seed,
             "seconds": round(seconds, 6),
         }

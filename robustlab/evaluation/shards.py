@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from robustlab.evaluation.audit import Audit, judged
-from robustlab.evaluation.cascade import gate_of
+from robustlab.evaluation.audit import PREFIX, recount
 from robustlab.evaluation.ledger import encoded, first_difference, read, threat_name
 from robustlab.evaluation.result import Result, Tally, assemble
 from robustlab.files import atomic_write, exclusive
-from robustlab.types import Threat, UserError
+from robustlab.types import UserError
 
 Shard = tuple[int, int]
 Entries = list[dict[str, Any]]
@@ -123,6 +122,8 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
     attacked: dict[str, dict[str, Tally]] = {name: {} for name in names}
     for e in entries:
         index, verdict = torch.tensor(e["index"], dtype=torch.long), torch.tensor(e["verdict"], dtype=torch.bool)
+        if e["attack"].startswith(PREFIX):
+            continue
         if e["threat"] is not None:
             attacked[threat_name(e["threat"])].setdefault(e["attack"], Tally()).add(e)
         elif e["attack"] == "clean":
@@ -132,29 +133,18 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             label, _, severity = e["attack"].rpartition("/")
             corrupted.setdefault((label, int(severity)), Tally()).add(e)
     verdicts = [right.clone() for _ in names]
+    own, audited = ([e for e in entries if e["attack"].startswith(PREFIX) is late] for late in (False, True))
+    _mark(verdicts, names, own)
+    audits = [None if audit is None else audit.to_dict() for audit in recount(header, entries, verdicts)]
+    _mark(verdicts, names, audited)
+    threats = [(t["norm"], t["eps"]) for t in header["threats"]]
+    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
+    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, audits, **same, **known)
+
+
+def _mark(verdicts: list[torch.Tensor], names: list[str], entries: Entries) -> None:
+    """Write what broke into the verdicts of each threat model."""
     for e in entries:
         if e["threat"] is not None:
             broken = torch.tensor(e["index"], dtype=torch.long)[~torch.tensor(e["verdict"], dtype=torch.bool)]
             verdicts[names.index(threat_name(e["threat"]))][broken] = False
-    threats = [(t["norm"], t["eps"]) for t in header["threats"]]
-    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    audits = _unaudited(header, entries, verdicts)
-    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, audits, **same, **known)
-
-
-def _unaudited(header: Mapping[str, Any], entries: Entries, verdicts: list[torch.Tensor]) -> list[dict[str, Any] | None]:
-    """The audits of a suite that stands in for another: shards do none, so they say how much there is to audit."""
-    from robustlab import config
-
-    if "exact" not in header["suite"]["resolved"]:
-        return [None for _ in verdicts]
-    suite = config.build("suite", header["suite"]["resolved"])
-    gate, settled = gate_of(suite), judged(suite, config.build("suite", suite.exact))
-    out: list[dict[str, Any] | None] = []
-    for t, robust in zip(header["threats"], verdicts, strict=True):
-        pool = set(robust.nonzero().flatten().tolist())
-        if settled and gate is not None:
-            led = [e for e in entries if threat_name(e["threat"]) == threat_name(t) and e["attack"] == gate.label]
-            pool &= {row for e in led for row, spared in zip(e["index"], gate.spares(e), strict=True) if spared}
-        out.append(Audit(suite.exact, list(pool), header["n"], header["seed"], Threat(t["norm"], t["eps"])).to_dict())
-    return out
