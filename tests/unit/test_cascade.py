@@ -20,6 +20,7 @@ from robustlab.evaluation import shards
 from robustlab.evaluation.audit import Audit
 from robustlab.evaluation.cascade import Gate, descend, gate_of, nearness_in, steps_of
 from robustlab.evaluation.ledger import read
+from robustlab.evaluation.rederive import rederive
 from robustlab.evaluation.rescore import rescore
 from robustlab.evaluation.runner import evaluate
 from robustlab.evaluation.statistics import most_left
@@ -378,3 +379,32 @@ def test_from_python(problem):
     assert result.reliability["forwards"] + result.reliability["backwards"] <= 0.1 * sum(
         result.threats[0]["cost"][k] for k in ("forwards", "backwards")
     )
+
+
+@pytest.mark.parametrize("asked", [*OPTIONS, {}], ids=["number", "bound", "none"])
+def test_the_ledger_alone_tells_the_result(problem, tmp_path, asked):
+    result = go(problem, toy(near=0.3), out=tmp_path, **asked)
+    told = rederive(tmp_path / "ledger.jsonl")
+    assert torch.equal(told.robust, result.robust)
+    assert told.audit == result.audit
+    assert told.threats == result.threats
+    assert told.cost == pytest.approx(result.cost)
+
+
+def test_a_ledger_whose_audit_or_gate_was_changed_is_not_believed(problem, tmp_path):
+    go(problem, toy(near=0.3), out=tmp_path, audit=9)
+    lines = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
+    audit = next(i for i, line in enumerate(lines) if line.get("attack") == "audit/pgd")
+    screen = next(i for i, line in enumerate(lines) if line.get("attack") == "screen")
+
+    def changed(at, **fields):
+        path = tmp_path / "changed.jsonl"
+        path.write_text("".join(json.dumps(line | (fields if i == at else {})) + "\n" for i, line in enumerate(lines)))
+        return path
+
+    rederive(changed(None))
+    others = [i for i in range(N) if i not in lines[audit]["index"]][: len(lines[audit]["index"])]
+    with pytest.raises(UserError, match="not the samples that the seed draws"):
+        rederive(changed(audit, index=others))
+    with pytest.raises(UserError, match="not the"):
+        rederive(changed(screen, nearness=[1.0] * len(lines[screen]["index"])))
