@@ -78,7 +78,7 @@ def evaluate(
         norm, eps: the threat model.
         seed: of all draws.
         options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume
-            reliability progress``.
+            reliability progress shard save_adversarial audit audit_bound``.
 
     Returns:
         ``clean_accuracy robust_accuracy interval per_attack robust cost`` and more.
