@@ -117,6 +117,13 @@ def evaluate(
     save_adversarial: Annotated[
         Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
     ] = None,
+    audit: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="autoattack-fast and its like: give N random survivors the exact suite; 0: none."),
+    ] = None,
+    audit_bound: Annotated[
+        float | None, typer.Option(min=0, max=100, metavar="P", help="Audit until at most P points can have been missed (95 %).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
     """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each.
@@ -156,6 +163,8 @@ def evaluate(
                     reliability=reliability,
                     shard=piece,
                     save_adversarial=save_adversarial,
+                    audit=audit,
+                    audit_bound=audit_bound,
                     progress=screen,
                     world=world,
                 )

@@ -29,7 +29,20 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Alone, Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, World, one_hot
+from robustlab.types import (
+    Alone,
+    BoundSuite,
+    Dataset,
+    ImageSet,
+    Model,
+    Splits,
+    Suite,
+    Threat,
+    Trainer,
+    UserError,
+    World,
+    one_hot,
+)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -370,6 +383,8 @@ def evaluate_one(
     reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     progress: Progress | None = None,
     world: World | None = None,
 ) -> list[tuple[Any, Path]]:
@@ -383,6 +398,7 @@ def evaluate_one(
         seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
             ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
+        audit, audit_bound: as there, for the suites that have audits; at least one has to.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
         world: several processes share the batches: each does one shard, the first puts them together. ``out`` is a folder that all
@@ -413,6 +429,9 @@ def evaluate_one(
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
     if save_adversarial is not None and len(suites) > 1:
         raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
+    asked = {"audit": audit, "audit_bound": audit_bound}
+    if asked != dict.fromkeys(asked) and not any(isinstance(s, BoundSuite) for s in suites):
+        raise UserError(f"--audit: {', '.join(s.name for s in suites)}: nothing is spared any attack here, so nothing to audit")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -457,6 +476,7 @@ def evaluate_one(
             shard=shard,
             save_adversarial=save_adversarial if not several else _own_file(save_adversarial, shard),
             progress=shown,
+            **(asked if isinstance(suite, BoundSuite) else {}),  # type: ignore[arg-type]
         )
         record = record_from(
             result,

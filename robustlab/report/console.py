@@ -165,7 +165,8 @@ def record_text(record: Any) -> str:
     lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
     lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
     for t in m.threats:
-        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {format_eps(t.eps, t.norm)}")
+        known = share(t.robust_accuracy, t.interval)
+        lines.append(f"  robust  {known}  {t.norm} {format_eps(t.eps, t.norm)}{upper_bound(t.audit)}")
     for name, values in m.corruptions.items():
         severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
@@ -176,6 +177,22 @@ def record_text(record: Any) -> str:
     passes = f"{c.forwards_per_sample:,.0f} forwards, {c.backwards_per_sample:,.0f} backwards an image"
     lines.append(f"  cost    {passes}; {duration(c.seconds)}")
     return "\n".join(lines)
+
+
+def upper_bound(audit: Any) -> str:
+    """What stands behind an accuracy that is only a bound: nothing for exact suites."""
+    if audit is None:
+        return ""
+    text = ": an upper bound on robust accuracy\n  audit   "
+    if not audit.survivors:
+        return f"{text}no need: all survivors were given all of {audit.suite}"
+    if not audit.audited:
+        return f"{text}none; {audit.survivors} survivors were not given all of {audit.suite}"
+    passes = f"{audit.forwards + audit.backwards:,} passes, {duration(audit.seconds)}, seed {audit.seed}"
+    return (
+        f"{text}{audit.audited} of {audit.survivors} survivors that were not given all of {audit.suite}: {audit.misses} broken; "
+        f"of the others it breaks at most {audit.left}, {audit.points:.2f} points (one-sided, 95 %); {passes}"
+    )
 
 
 def reliability_lines(report: Any) -> list[str]:
