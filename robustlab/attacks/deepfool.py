@@ -23,7 +23,7 @@ from robustlab.attacks.minimum import MinimumNorm, Nearest
 from robustlab.geometry import norm_of, to_hyperplane
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, Count, NonNegative, Norm
+from robustlab.types import Classifier, Count, NonNegative, Norm, Whole
 
 
 @register("deepfool", cite="Moosavi-Dezfooli, Fawzi, Frossard, CVPR 2016, arXiv:1511.04599")
@@ -38,7 +38,8 @@ class DeepFool(MinimumNorm):
         eps: None, or the radius of the ball in which what comes back has to lie.
         steps: at most.
         candidates: the other classes that are tried: those with the largest logits at the image.
-        overshoot: eta.
+        overshoot: eta. It decides where a step ends; the norm found is that of the boundary behind it, by ``refine``.
+        refine: bisections at the end (see ``minimum``), one forward pass each.
     """
 
     norm: Norm | None = None
@@ -46,6 +47,7 @@ class DeepFool(MinimumNorm):
     steps: Count = 50
     candidates: Count = 9
     overshoot: NonNegative = 0.02
+    refine: Whole = 10
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         x, rows = near.x0, torch.arange(len(near.x0), device=near.x0.device)
