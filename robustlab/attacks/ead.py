@@ -14,8 +14,8 @@ l1 norm is 1.2 to 1.5 times the smallest. With the default here, 0.2, it is the 
 Differences from the authors' code:
 
 - beta is 0.2, not 1e-3; runs have at most 1000 steps, as in the paper (10,000 in the code).
-- A run ends early for each sample (theirs: for the batch) when the objective fell by less than one part in 10,000 over a tenth of
-  the steps.
+- A run ends early for each sample (theirs: for the batch) when the least objective so far fell by less than one part in 10,000
+  over a tenth of the steps.
 - Untargeted unless asked; the confidence kappa is 0.
 """
 
@@ -74,7 +74,7 @@ class EAD(MinimumNorm):
     def _descend(self, f: Classifier, near: Nearest, c: Tensor, cost: Tensor) -> Tensor:
         """One run; adds to ``cost`` and returns which samples were fooled on the way."""
         rows, x, v = torch.arange(len(c), device=c.device), near.x0, near.x0
-        last, ever = torch.full_like(c, torch.inf), torch.zeros_like(c, dtype=torch.bool)
+        least, last, ever = torch.full_like(c, torch.inf), torch.full_like(c, torch.inf), torch.zeros_like(c, dtype=torch.bool)
         for k in range(self.steps):
             x0, c_k = near.x0[rows], c[rows]
             g, value, _ = input_gradient(f, v, near.y[rows], lambda z, y, c_k=c_k: c_k * near.gap(z, y).clamp_min(0))
@@ -85,10 +85,11 @@ class EAD(MinimumNorm):
             with torch.no_grad():
                 ever[rows] |= near.offer(x, f(x).to(x.dtype), rows)
             cost[rows] += torch.tensor([2, 1], device=x.device)
+            value = value + d.square().flatten(1).sum(1) + self.beta / self.rate * d.abs().flatten(1).sum(1)
+            least[rows] = least[rows].minimum(value)
             if k % max(self.steps // 10, 1) == 0:
-                value = value + d.square().flatten(1).sum(1) + self.beta / self.rate * d.abs().flatten(1).sum(1)
-                falling = value <= 0.9999 * last[rows]
-                last[rows] = value
+                falling = least[rows] <= 0.9999 * last[rows]
+                last[rows] = least[rows]
                 rows, x, v = rows[falling], x[falling], v[falling]
                 if len(rows) == 0:
                     break

@@ -85,7 +85,7 @@ class HopSkipJump(Attack):
     queries: Count = 10_000
     probes: Count = 100
     starts: Count = 5
-    memory: Fraction = 0.0
+    memory: Fraction = 0.5
 
     @torch.no_grad()
     def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
