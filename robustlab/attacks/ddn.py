@@ -27,7 +27,7 @@ from robustlab.types import Classifier, Count, NonNegative, Norm, OpenFraction, 
 class DDN(MinimumNorm):
     """Gradient steps on a sphere that shrinks where the sample is fooled and grows where it is not (l2).
 
-    Costs ``steps + 1`` forward and ``steps`` backward passes.
+    Costs ``steps + refine + 1`` forward and ``steps`` backward passes.
 
     Attributes:
         norm: l2.

@@ -29,7 +29,8 @@ from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Posi
 class SigmaZero(MinimumNorm):
     """Descends on the margin plus a smooth count of pixels, and drops small changes by a threshold that adapts itself (l0).
 
-    Deterministic. Costs ``steps + 1`` forward and ``steps`` backward passes.
+    Deterministic. Costs ``steps + 1`` forward and ``steps`` backward passes, and up to 11 and 9 for each pixel that
+    ``refine`` tries to take back.
 
     Attributes:
         norm: l0.
