@@ -356,6 +356,6 @@ def test_radii_per_sample_are_the_radii_of_each(norm):
     eps = torch.tensor([0.0, 0.05, 0.2, 0.7, 1.0, 3.0], dtype=x.dtype) * {"linf": 1, "l2": 2, "l1": 8, "l0": 5}[norm]
     project = lambda i, e: geometry.project(x[i], x0[i], norm, e)  # noqa: E731
     ball = lambda i, e: geometry.project_ball((x - x0)[i], norm, e)  # noqa: E731
-    for fn in (project, ball, *([lambda i, e: geometry.linear_max((x - x0)[i], x0[i], "l2", e)] if norm == "l2" else [])):
+    for fn in (project, ball, *([lambda i, e: geometry.linear_max((x - x0)[i], x0[i], norm, e)] if norm in ("l2", "l0") else [])):
         one_by_one = torch.cat([fn(slice(i, i + 1), float(e)) for i, e in enumerate(eps)])
         torch.testing.assert_close(fn(slice(None), eps), one_by_one, rtol=0, atol=1e-12)
