@@ -32,8 +32,8 @@ SHRINK = 1 - 1e-6
 class CW(MinimumNorm):
     """Adam on squared l2 norm plus c times the margin, in variables that keep the box, with a binary search over c (l2).
 
-    Deterministic. Costs at most ``binary_steps * steps`` forward and backward passes, 9,000 of each (90,000 with the authors' 10,000
-    steps), a fifth to two thirds of that where runs end early, and ``refine + 1`` forward passes.
+    Deterministic. Costs at most ``binary_steps * steps`` forward and backward passes, 9,000 of each (90,000 with the authors'
+    10,000 steps), a fifth to two thirds of that where runs end early, and ``refine + 1`` forward passes.
 
     Attributes:
         norm: l2.

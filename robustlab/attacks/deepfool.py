@@ -12,8 +12,8 @@ Differences from the authors' code:
 
 - The box is part of the step: the linearised problem is solved inside [0, 1], exactly. Theirs ignores bounds.
 - Batched; a sample leaves the search when it is fooled.
-- The norm is that of the boundary on the way back to the image, found by bisection (``refine=0``: that of the step's end, which lies
-  behind the boundary by eta and so is 2 % too far on a linear classifier).
+- The norm is that of the boundary on the way back to the image, found by bisection (``refine=0``: that of the step's end, which
+  lies behind the boundary by eta and so is 2 % too far on a linear classifier).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class DeepFool(MinimumNorm):
     """Steps to the nearest class boundary of the linearised classifier until the class changes.
 
     Deterministic, untargeted. A step costs two forward and ``candidates`` backward passes (or as many as there are other classes);
-    a few steps are usual; ``refine`` adds forward passes. The norm found is a quick upper bound of the smallest one, as a rule above those of DDN and FMN.
+    a few steps are usual; ``refine`` adds forward passes. The norm found is a quick upper bound of the smallest one, as a rule
+    above those of DDN and FMN.
 
     Attributes:
         norm: of the perturbation.

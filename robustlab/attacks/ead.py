@@ -8,8 +8,8 @@
     c        binary search per sample, as in Carlini and Wagner
 
 ``beta`` is compared with a change of length alpha_k times a gradient, so that beta / alpha_k is the weight of the l1 norm. With the
-paper's beta = 1e-3 that is 0.1, less than the slope of the squared l2 norm: the perturbation is dense, and on linear classifiers its
-l1 norm is 1.2 to 1.5 times the smallest. With the default here, 0.2, it is the smallest to within 1 %.
+paper's beta = 1e-3 that is 0.1, less than the slope of the squared l2 norm: the perturbation is dense, and on linear classifiers
+its l1 norm is 1.2 to 1.5 times the smallest. With the default here, 0.2, it is the smallest to within 1 %.
 
 Differences from the authors' code:
 

@@ -20,8 +20,8 @@ Differences from the authors' code:
 - Half of the last iteration's estimate is kept (``memory``). An estimate from B directions in D dimensions is off by an angle of
   about sqrt(D / B), and where the boundary is flat the older ones are still about its normal. In linf, where the step takes signs,
   1,500 queries came 5 % nearer on robust digits; in l2 the two are equal. ``memory=0`` is the paper's.
-- The walk sets out from the nearest of five boundary points (``starts``; theirs: the first), for it ends at the nearest point of the
-  facet where it began, which may belong to a farther class. They may cost a twentieth of the queries.
+- The walk sets out from the nearest of five boundary points (``starts``; theirs: the first), for it ends at the nearest point of
+  the facet where it began, which may belong to a farther class. They may cost a twentieth of the queries.
 - After 20 uniform noise images black, white and 20 images of black and white pixels are tried (theirs: a thousand noise images).
 """
 

@@ -6,8 +6,8 @@ misclassified from the start (targeted: that are in the class to reach) have dis
 A last step, ``refine``, is shared: the methods leave the boundary at the distance of their last step, not at the boundary.
 
     linf, l2, l1   bisection over s in (0, ||d||): does x + (the point of the ball of radius s that is nearest to d) still fool?
-    l0             while it can be done with a pixel less: try the best pixels of the classifier linearised at x + d, for each of the
-                   likeliest classes, and then the found point without the pixel that matters least
+    l0             while it can be done with a pixel less: try the best pixels of the classifier linearised at x + d, for each of
+        the likeliest classes, and then the found point without the pixel that matters least
 
 Every point tried lies in the box, for d only shrinks. ``refine=0`` is the paper's method by itself.
 """
@@ -73,8 +73,8 @@ class MinimumNorm(Attack):
     """Base of the attacks that look for the smallest perturbation. Subclasses define :meth:`search`.
 
     Attributes:
-        refine: linf, l2, l1: bisections at the end, one forward pass each. l0: pixels that are taken back at most; each try costs up
-            to 11 forward and 9 backward passes.
+        refine: linf, l2, l1: bisections at the end, one forward pass each. l0: pixels that are taken back at most; each try costs
+            up to 11 forward and 9 backward passes.
     """
 
     minimal = True

@@ -15,9 +15,9 @@ descent of size 1 / max(s) (Melchior, Joseph, Moolekamp, 2019, algorithm 2).
 
 Differences from the authors' code:
 
-- Both step sizes fall as in its port in adversarial-library, but beta_k to 0.01 of the first, there linearly to 0.1. With steps that
-  large mu swings about its saddle point, d follows, and norms stay 1 to 6 % too large in l2 and l1; with steps that are small from
-  the start mu does not arrive. The proximal problem is solved to 1e-3 in at most 20 steps, for the same reason.
+- Both step sizes fall as in its port in adversarial-library, but beta_k to 0.01 of the first, there linearly to 0.1. With steps
+  that large mu swings about its saddle point, d follows, and norms stay 1 to 6 % too large in l2 and l1; with steps that are small
+  from the start mu does not arrive. The proximal problem is solved to 1e-3 in at most 20 steps, for the same reason.
 - l0 is left out: with the proximal operator of the number of pixels it found 5 to 20 times the smallest number on linear
   classifiers.
 """

@@ -146,8 +146,8 @@ def l0_problem(classes: int, shape, seed: int):
 def test_sigma_zero_keeps_and_drops_whole_pixels():
     """The authors' code counts and thresholds values; ours counts pixels, so a small change in one channel stays beside a large one.
 
-    The third channel can move by 0.05 at most, less than any threshold on the way, and counts twenty times: where a pixel is changed
-    all its channels are, and so few pixels do.
+    The third channel can move by 0.05 at most, less than any threshold on the way, and counts twenty times: where a pixel is
+    changed all its channels are, and so few pixels do.
     """
     rng = np.random.default_rng(0)
     v = np.concatenate([np.ones((2, 12)), np.full((1, 12), 20.0)]).reshape(-1)

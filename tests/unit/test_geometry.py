@@ -12,7 +12,16 @@ from hypothesis.extra.numpy import arrays
 from scipy import optimize, stats
 
 from robustlab.geometry import (
-    NORMS, linear_max, norm_of, project, project_ball, project_l1, prox, sample_ball, steepest, to_hyperplane,
+    NORMS,
+    linear_max,
+    norm_of,
+    project,
+    project_ball,
+    project_l1,
+    prox,
+    sample_ball,
+    steepest,
+    to_hyperplane,
 )  # fmt: skip
 from robustlab.rng import Rng
 
