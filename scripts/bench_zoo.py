@@ -6,7 +6,7 @@
 
 Rivals are used where they can be imported (``pip install --target DIR foolbox gitpython adv-lib`` and ``PYTHONPATH=DIR``). All get
 the same images, model, radius and steps; PGD gets the same starting noise. Per seed all contestants of a row run in turn, in an
-order that rotates, and the ratio of times is taken within it; its median and quartiles are those over the seeds. What comes back is
+order that rotates, and the ratio of times is taken within it; its median and quartiles are those over the seeds, three at least. What comes back is
 scored here: outside of the box or the ball (beyond rounding) nothing counts. Success is the share of all images that are
 misclassified then, clean mistakes included; the median norm is over the images that were right, infinite where nothing was found.
 Passes are counted by one wrapper
@@ -217,20 +217,22 @@ def measure(row: Row, who: str, f: nn.Module, x: Tensor, labels: Tensor, seed: i
 
 def lines(rows: list[Row], results: list[dict[str, Any]]) -> Iterator[str]:
     """The table in markdown."""
-    yield "| attack | budget | success % or median norm: ours | theirs | passes (F + B): ours | theirs | time, theirs / ours |"
-    yield "|---|---|---:|---:|---:|---:|---:|"
+    yield "| attack | budget | images x seeds | success % or norm: ours | theirs | passes (F + B): ours | theirs | time, theirs / ours |"
+    yield "|---|---|---|---:|---:|---:|---:|---:|"
     for row in rows:
-        own = {r["seed"]: r for r in results if r["row"] == row.key and r["who"] == "ours"}
+        own = {(r["seed"], r["n"]): r for r in results if r["row"] == row.key and r["who"] == "ours"}
         for who in row.rivals:
-            pairs = [(own[r["seed"]], r) for r in results if r["row"] == row.key and r["who"] == who and r["seed"] in own]
+            mine = [r for r in results if r["row"] == row.key and r["who"] == who and (r["seed"], r["n"]) in own]
+            pairs = [(own[r["seed"], r["n"]], r) for r in mine if r["n"] == max(m["n"] for m in mine)]
             if not pairs:
                 continue
             ratios = sorted(b["seconds"] / a["seconds"] for a, b in pairs)
             quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
             reached, spent = zip(*((_reached(row, p), _passes(p)) for p in zip(*pairs, strict=True)), strict=True)
             name = f"`{row.attack}` {row.norm}" + (f" {row.eps:g}" if row.eps is not None else "")
-            wall = f"{quartiles[1]:.2f} ({quartiles[0]:.2f} .. {quartiles[2]:.2f})"
-            yield f"| {name} | {row.budget} | {reached[0]} | {who} {reached[1]} | {spent[0]} | {spent[1]} | {wall} |"
+            wall = f"{quartiles[1]:.2f} ({quartiles[0]:.2f} .. {quartiles[2]:.2f})" if len(ratios) > 2 else "-"
+            size = f"{pairs[0][1]['n']} x {len(pairs)}"
+            yield f"| {name} | {row.budget} | {size} | {reached[0]} | {who} {reached[1]} | {spent[0]} | {spent[1]} | {wall} |"
 
 
 def _reached(row: Row, runs: tuple[dict[str, Any], ...]) -> str:
@@ -275,7 +277,7 @@ def main() -> int:
                 for who in names[seed % len(names) :] + names[: seed % len(names)]:
                     result = measure(row, who, f, x[:n], labels[:n], seed, args.batch_size)
                     print(json.dumps(result), flush=True)
-                    results = [r for r in results if (r["row"], r["seed"], r["who"]) != (row.key, seed, who)] + [result]
+                    results = [r for r in results if (r["row"], r["seed"], r["who"], r["n"]) != (row.key, seed, who, n)] + [result]
                     args.out.write_text("".join(json.dumps(r) + "\n" for r in results))
     print("\n".join(lines(rows, results)))
     return 0

@@ -24,8 +24,8 @@ N, SHAPE = 6, (2, 5, 5)
 ATTACKS = ("deepfool", "ddn", "fmn", "pdpgd", "sigma-zero", "cw", "ead")
 CASES = [(name, norm) for name in ATTACKS for norm in registry.lookup("attack", name).norms]
 
-# The cross-entropy of DDN is that of one other class alone only where the logits are large: on a linear classifier with small ones the
-# nearest point of its level sets is not the nearest point of the boundary, by 4 % with ten classes.
+# The cross-entropy of DDN is that of one other class alone only where the logits are large: on a linear classifier with small ones
+# the nearest point of its level sets is not the nearest point of the boundary, by 4 % with ten classes.
 SCALE = {"ddn": 10.0}
 
 
@@ -144,7 +144,7 @@ def l0_problem(classes: int, shape, seed: int):
 
 
 def test_sigma_zero_keeps_and_drops_whole_pixels():
-    """The authors' code counts and thresholds values; ours counts pixels, so a small change in one channel stays beside a large one.
+    """The authors' code counts and thresholds values; ours counts pixels, so a small change in one channel stays beside a large.
 
     The third channel can move by 0.05 at most, less than any threshold on the way, and counts twenty times: where a pixel is
     changed all its channels are, and so few pixels do.
@@ -160,7 +160,7 @@ def test_sigma_zero_keeps_and_drops_whole_pixels():
 
 
 def test_fmn_in_l2_moves_on_the_sphere_of_its_radius():
-    """Its projection scales up as well as down: until a point fools the norm grows by a twentieth at least, and later it is the radius."""
+    """Its projection scales up as well as down: where a point no longer fools the norm grows by a twentieth."""
     w, b, x = problem("far", 2)
     f, sizes, hits = linear(w, b), [], []
     images = torch.tensor(x).view(N, *SHAPE)

@@ -301,8 +301,8 @@ def test_no_gradient_no_move(norm):
 @settings(max_examples=60, deadline=None)
 @given(x0=tensors(unit, 2), g=tensors(st.floats(-3, 3), 2), k=st.integers(0, 6))
 def test_l0_against_all_sets_of_pixels(x0, g, k):
-    """The projection is the nearest, linear_max the best of the points that differ from x0 in at most k pixels, over every choice."""
-    nearest, best = project(x0 + g, x0, "l0", k), linear_max(g, x0, "l0", k)
+    """Of the points that differ from x0 in at most k pixels project finds the nearest to x, clamped, linear_max the best."""
+    boxed, nearest, best = (x0 + g).clamp(0, 1), project(x0 + g, x0, "l0", k), linear_max(g, x0, "l0", k)
     assert_feasible(nearest, x0, "l0", k, 0)
     assert_feasible(best, x0, "l0", k, 0)
     far, gain = [], []
@@ -310,9 +310,9 @@ def test_l0_against_all_sets_of_pixels(x0, g, k):
         mask = torch.zeros(6, dtype=torch.bool)
         mask[list(chosen)] = True
         mask = mask.view(1, 1, 2, 3)
-        far.append((torch.where(mask, (x0 + g).clamp(0, 1), x0) - x0 - g).square().flatten(1).sum(1))
+        far.append((torch.where(mask, boxed, x0) - boxed).square().flatten(1).sum(1))
         gain.append(dot(g, torch.where(mask, torch.where(g > 0, 1 - x0, -x0), 0.0)))
-    torch.testing.assert_close((nearest - x0 - g).square().flatten(1).sum(1), torch.stack(far).amin(0), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close((nearest - boxed).square().flatten(1).sum(1), torch.stack(far).amin(0), atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(dot(g, best - x0), torch.stack(gain).amax(0), atol=1e-12, rtol=1e-12)
     each = linear_max(g, x0, "l0", torch.tensor([float(k), 0.0]))
     torch.testing.assert_close(dot(g, each - x0)[0], dot(g, best - x0)[0], atol=1e-12, rtol=1e-12)
@@ -322,7 +322,7 @@ def test_l0_against_all_sets_of_pixels(x0, g, k):
 @settings(max_examples=80, deadline=None)
 @given(x=tensors(unit), w=tensors(st.floats(-3, 3)), c=st.floats(-4, 4), norm=st.sampled_from(CONVEX))
 def test_to_hyperplane_satisfies_the_kkt_conditions(x, w, c, norm):
-    """d is where it is feasible and one multiplier explains it: coordinates that could help more per unit of the norm are at their bounds."""
+    """One multiplier explains d: coordinates that could help more per unit of the norm are at their bounds."""
     assume(abs(c) > 1e-3)
     d = to_hyperplane(x, w, torch.full((len(x),), c, dtype=x.dtype), norm)
     assert_feasible(x + d, x, norm, 1e9)
