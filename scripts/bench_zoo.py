@@ -4,14 +4,13 @@
     python scripts/bench_zoo.py --attacks pgd ddn --num-examples 100 --seeds 1     a part of it
     python scripts/bench_zoo.py --table                                            the table of what has been measured
 
-Rivals are used where they can be imported (``pip install --target DIR foolbox gitpython adv-lib`` and ``PYTHONPATH=DIR``). All get
-the same images, model, radius and steps; PGD gets the same starting noise. Per seed all contestants of a row run in turn, in an
-order that rotates, and the ratio of times is taken within it; its median and quartiles are those over the seeds, three at least. What comes back is
-scored here: outside of the box or the ball (beyond rounding) nothing counts. Success is the share of all images that are
-misclassified then, clean mistakes included; the median norm is over the images that were right, infinite where nothing was found.
-Passes are counted by one wrapper
-around the model: images through ``forward``, and images whose logits got a gradient. Results go to --out, one line per run; a
-second call measures only what is missing.
+Rivals are used where they can be imported (``pip install --target DIR foolbox gitpython adv-lib`` and ``PYTHONPATH=DIR``). All
+get the same images, model, radius and steps; PGD gets the same starting noise. Per seed all contestants of a row run in turn, in
+an order that rotates, and the ratio of times is taken within it; its median and quartiles are those over the seeds, three at
+least. What comes back is scored here: outside of the box or the ball (beyond rounding) nothing counts. Success is the share of
+all images that are misclassified then, clean mistakes included; the median norm is over the images that were right, infinite
+where nothing was found. Passes are counted by one wrapper around the model: images through ``forward``, and images whose logits
+got a gradient. Results go to --out, one line per run; a second call measures only what is missing.
 """
 
 from __future__ import annotations
@@ -217,7 +216,7 @@ def measure(row: Row, who: str, f: nn.Module, x: Tensor, labels: Tensor, seed: i
 
 def lines(rows: list[Row], results: list[dict[str, Any]]) -> Iterator[str]:
     """The table in markdown."""
-    yield "| attack | budget | images x seeds | success % or norm: ours | theirs | passes (F + B): ours | theirs | time, theirs / ours |"
+    yield "| attack | budget | images x seeds | success % or norm | theirs | passes (F + B) | theirs | time, theirs / ours |"
     yield "|---|---|---|---:|---:|---:|---:|---:|"
     for row in rows:
         own = {(r["seed"], r["n"]): r for r in results if r["row"] == row.key and r["who"] == "ours"}
