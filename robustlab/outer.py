@@ -224,6 +224,10 @@ class OuterLoss:
         with ambient(rng.batch_seed()):
             return call(views, rng, stats)
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that the loss is differentiated by: the classifier's and the parts' parameters."""
+        return self._outer[0].parameters()
+
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         return self.wrapped.no_sync() if self.wrapped is not None else contextlib.nullcontext()
 

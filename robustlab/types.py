@@ -152,6 +152,7 @@ class Context:
         num_samples: size of the training set.
         image_shape: (C, H, W).
         create_model: builds another model from a name and keyword arguments.
+        steps, epochs: length of the whole run in optimizer steps and in epochs; None outside a run.
     """
 
     f: nn.Module
@@ -159,6 +160,8 @@ class Context:
     num_samples: int
     image_shape: tuple[int, int, int]
     create_model: Callable[..., nn.Module] | None = None
+    steps: int | None = None
+    epochs: int | None = None
 
 
 @runtime_checkable
@@ -206,6 +209,8 @@ class Loss(Protocol):
     world: World
 
     def __call__(self, shard: Shard, *, stats: bool, sync: bool) -> tuple[Tensor, Terms]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -328,7 +333,10 @@ class GradientRule(Part):
 
 
 class Averaging(Part):
-    """What is evaluated instead of the live weights."""
+    """What is evaluated instead of the live weights.
+
+    A part with a field ``refresh`` gets BatchNorm statistics of its own, from that many training batches, before each look.
+    """
 
     kind: ClassVar[str] = "averaging"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from robustlab.rng import Rng
 from robustlab.training import distributed
 from robustlab.training.checkpointing import load_state, read_state_meta, save_state
 from robustlab.training.guards import FINE, Act, Verdict, above_chance, finite_loss
+from robustlab.training.refresh import refresh_statistics
 from robustlab.training.step import check_shards, train_step
 from robustlab.training.trackers import open_trackers
 from robustlab.types import ImageSet, Splits, Trainer, UserError, View, Views, World, one_hot, with_threat
@@ -88,7 +90,9 @@ def fit(
     t, rng = config.training, Rng(config.seed)
     trainer = complete_trainer(config)
     check_shards(trainer, world.size * t.accumulation)
-    ctx = context_of(f, splits.num_classes, len(splits.train), splits.image_shape)
+    plan = Plan(len(splits.train), t.batch_size, t.accumulation, world)
+    length = {"steps": plan.steps * t.epochs, "epochs": t.epochs}
+    ctx = context_of(f, splits.num_classes, len(splits.train), splits.image_shape, **length)
     outer = Outer(f, trainer.at(0, t.epochs), ctx, t.precision, world).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     state_path = folder / "state.safetensors"
@@ -103,15 +107,16 @@ def fit(
     if t.compile:
         f.compile()
     jsonl, others = open_trackers(config.logging, folder, dump(config), seen) if world.rank == 0 else (None, [])
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, world)
     verdict, epoch = FINE, start - 1
     with contextlib.ExitStack() as closing:
         for tracker in [*([jsonl] if jsonl else []), *others]:
             closing.callback(tracker.close)
         for epoch in range(start, t.epochs):
             event, verdict = run_epoch(config, trainer, outer, optimizer, splits, plan, rng, epoch, hooks.progress, device)
-            distributed.average_buffers(outer, world)
             last = epoch + 1 == t.epochs
+            if verdict.act is Act.CONTINUE and (last or not (epoch + 1) % t.probe.every or not (epoch + 1) % t.checkpoint_every):
+                refresh_average(config, trainer, outer, splits, plan, rng.child("refresh"), epoch, device)
+            distributed.average_buffers(outer, world)
             if verdict.act is Act.CONTINUE and (last or (epoch + 1) % t.probe.every == 0):
                 metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
                 verdict = above_chance(metrics["val_clean"], splits.num_classes, epoch, t.guards.collapse)
@@ -265,6 +270,18 @@ def run_epoch(
     speed = plan.steps * plan.size / seconds
     event = {"kind": "epoch", "epoch": epoch + 1, "step": (epoch + 1) * plan.steps, "lr": lr, **means}
     return event | {"seconds": round(seconds, 3), "images_per_second": round(speed, 1)}, FINE
+
+
+def refresh_average(
+    config: Config, trainer: Trainer, outer: Outer, splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.device
+) -> None:
+    """Give the averaged weights BatchNorm statistics of their own, if they ask for it."""
+    t = config.training
+    count = getattr(trainer.averaging, "refresh", 0) * t.accumulation
+    if count:
+        batches = itertools.islice(loader(splits, plan, rng, epoch, device, t.channels_last), count)
+        first = plan.first(epoch * plan.steps)
+        refresh_statistics(outer, batches, trainer.at(epoch + 1, t.epochs), rng.child("step"), first, plan.world.size)
 
 
 def finished(folder: Path, epochs: int) -> bool:

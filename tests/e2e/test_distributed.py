@@ -163,7 +163,7 @@ def train_start():
 def test_gradients_are_synchronised_once_a_step(two, name, parts):
     """However many micro-batches there are; a weight perturbation that all processes share costs one more."""
     method = config.build("trainer", name)
-    messages = 2 if method.gradient.name == "awp" else 1
+    messages = 2 if method.gradient.name in ("awp", "wt-awp") else 1
     for _, counts in two:
         assert counts[f"{name}.{parts}"] == [{"all_reduce of gradients": messages}] * STEPS
 
