@@ -78,7 +78,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
     Returns:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
-    splits = config.data.load()
+    from robustlab.data.extra import with_extra
+
+    splits = with_extra(config.data, config.data.load())
     for split in ("train", "validation"):
         if len(getattr(splits, split)) == 0:
             raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
@@ -219,7 +221,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Returns:
         ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
     """
-    from robustlab.training.loop import Plan, complete_trainer, loader
+    from robustlab.training.loop import complete_trainer, loader, plan_of
     from robustlab.training.step import check_shards, train_step
     from robustlab.types import Alone
 
@@ -230,7 +232,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     t = config.training
     f = f.to(device)
     check_shards(config.trainer, t.accumulation)
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, Alone())
+    plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
     outer = Outer(f, trainer, context_of(f, splits.num_classes, len(splits.train), splits.image_shape), t.precision).to(device)
     optimizer = config.optimizer.build(outer.parameters())
@@ -317,7 +319,8 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
     if spec.get("name") == trained.get("name"):
         spec = {**trained, **spec}
-    spec.pop("augment", None)
+    for key in ("augment", "extra"):
+        spec.pop(key, None)
     return configuration.build("dataset", spec | ({"root": root} if root else {}))
 
 

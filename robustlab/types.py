@@ -489,6 +489,7 @@ class Splits:
         image_shape: (C, H, W).
         mean, std: per channel, of the training images in [0, 1].
         fingerprint: a hash of the test images and labels, for provenance.
+        extra: further training images; their targets are class probabilities (n, K).
     """
 
     train: ImageSet
@@ -499,10 +500,29 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    extra: ImageSet | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Further training images: generated ones, or others with pseudo-labels.
+
+    Attributes:
+        path: an .npz file or a folder of .npy files with ``image`` (M, H, W, C) or (M, C, H, W), uint8, and ``label``, classes (M,)
+            or probabilities (M, K); ``x_train`` and ``y_train`` serve too. A relative path is looked for here, then under the root.
+        ratio: their share of each batch; 0 uses none.
+        smoothing: label smoothing of these images alone.
+        layout: of the images; auto finds it from the number of channels.
+    """
+
+    path: str
+    ratio: Fraction = 0.7
+    smoothing: Fraction = 0.1
+    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,12 +532,14 @@ class Dataset(Part):
     Attributes:
         root: folder with the files; None takes ``--data-root``, then ``$ROBUSTLAB_DATA``, then ``~/.cache/robustlab``.
         augment: stages applied to the training batch before everything else, such as ``flip_crop``.
+        extra: further training images, such as generated ones, at a fixed share of each batch.
     """
 
     kind: ClassVar[str] = "dataset"
 
     root: str | None = None
     augment: tuple[Stage, ...] = ()
+    extra: Extra | None = None
 
     def load(self) -> Splits:
         """Read (where torchvision offers it: download) the data.

@@ -4,14 +4,14 @@
 
     T   optimizer steps of the whole run       c   steps between two snapshots       n   snapshots so far
 
-The average of weights is no point that BatchNorm's running statistics belong to. They are therefore recomputed before the average is
-looked at: the mean over ``refresh`` training batches, of the views that update the live model's statistics too. Before the first
-snapshot the live model is evaluated. One snapshot is the live model of that step.
+BatchNorm's running statistics of the live model do not belong to the average. They are therefore recomputed before it is looked at:
+the mean over ``refresh`` training batches, of the views that update the live model's statistics too. Before the first snapshot
+the live model is evaluated. One snapshot is the live model of that step.
 Averaging late weights delays robust overfitting: Chen et al., ICLR 2021.
 
-Differences from the authors' code: theirs refreshes on the clean training set; here the trainer's ``bn_updates`` say which views (for
-most kinds of adversarial training the adversarial ones), so that statistics fit the weights. The attack that makes them runs on the
-average, normalised by batch statistics, since the running ones are being rebuilt.
+Differences from the authors' code: theirs refreshes on the clean training set; here the trainer's ``bn_updates`` say which views
+count (for most kinds of adversarial training the adversarial ones), so that the statistics fit the weights. The attack that makes
+them runs on the average, normalised by batch statistics, since the running ones are being rebuilt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adversarial training with weighted truncated weight perturbation (Wu, Bojchevski, Huang, AAAI 2023, arXiv:2212.04983), algorithm 1.
+"""Adversarial training with weighted truncated AWP (Wu, Bojchevski, Huang, AAAI 2023, arXiv:2212.04983), algorithm 1.
 
     min_w  (1 - lam) E[ CE(f_w(x'), y) ] + lam max_{v in V} E[ CE(f_{w+v}(x'), y) ],    x' = PGD(f_w),    lam = 0.5
 

@@ -27,7 +27,7 @@ from robustlab.training.guards import FINE, Act, Verdict, above_chance, finite_l
 from robustlab.training.refresh import refresh_statistics
 from robustlab.training.step import check_shards, train_step
 from robustlab.training.trackers import open_trackers
-from robustlab.types import ImageSet, Splits, Trainer, UserError, View, Views, World, one_hot, with_threat
+from robustlab.types import Splits, Trainer, UserError, View, Views, World, one_hot, with_threat
 
 TICKETS_PER_EPOCH = 2**40
 
@@ -90,9 +90,9 @@ def fit(
     t, rng = config.training, Rng(config.seed)
     trainer = complete_trainer(config)
     check_shards(trainer, world.size * t.accumulation)
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, world)
+    plan = plan_of(config, splits, world)
     length = {"steps": plan.steps * t.epochs, "epochs": t.epochs}
-    ctx = context_of(f, splits.num_classes, len(splits.train), splits.image_shape, **length)
+    ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, **length)
     outer = Outer(f, trainer.at(0, t.epochs), ctx, t.precision, world).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     state_path = folder / "state.safetensors"
@@ -183,11 +183,19 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 class Plan:
     """Which positions of an epoch's random order each micro-batch of this process gets.
 
+    Args:
+        count: training images.
+        batch_size: images of a step, over all processes and micro-batches.
+        accumulation: micro-batches per step.
+        world: the processes.
+        ratio: share of each batch that is extra data. Its places are spread evenly over the batch, and so over the shards; an epoch
+            has as many steps as without, and sees that much less of the training images.
+
     Raises:
         UserError: the batch size cannot be divided.
     """
 
-    def __init__(self, count: int, batch_size: int, accumulation: int, world: World):
+    def __init__(self, count: int, batch_size: int, accumulation: int, world: World, ratio: float = 0.0):
         self.size = min(batch_size, count)
         parts = accumulation * world.size
         if self.size % parts:
@@ -198,29 +206,59 @@ class Plan:
         self.steps = count // self.size
         self.count, self.accumulation, self.world = count, accumulation, world
         self.micro = self.size // parts
+        self.extra = round(ratio * self.size)
 
     def micro_batches(self, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(positions in the order, indices into the data) of each micro-batch of this process, through one epoch."""
+        """(positions in the epoch, indices into the data, -1 for extra data) of this process's micro-batches, through one epoch."""
         for step in range(self.steps):
             for a in range(self.accumulation):
-                begin = step * self.size + (a * self.world.size + self.world.rank) * self.micro
-                positions = torch.arange(begin, begin + self.micro)
-                yield positions, order[positions]
+                place = (a * self.world.size + self.world.rank) * self.micro + torch.arange(self.micro)
+                before = place * self.extra // self.size  # extra images at earlier places of the batch
+                is_extra = (place + 1) * self.extra // self.size > before
+                real = step * (self.size - self.extra) + place - before
+                yield step * self.size + place, order[real.masked_fill(is_extra, 0)].masked_fill(is_extra, -1)
 
     def first(self, step: int) -> int:
         """The global number of this process's first micro-batch of a step, counted over the whole run."""
         return step * self.accumulation * self.world.size + self.world.rank
 
 
+def plan_of(config: Config, splits: Splits, world: World) -> Plan:
+    """The plan of a configuration's epochs."""
+    ratio = config.data.extra.ratio if config.data.extra and splits.extra is not None else 0.0
+    return Plan(len(splits.train), config.training.batch_size, config.training.accumulation, world, ratio)
+
+
+def samples(splits: Splits) -> int:
+    """How many images a run can meet: those for training, then the extra ones."""
+    return len(splits.train) + (len(splits.extra) if splits.extra is not None else 0)
+
+
 def loader(splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.device, channels_last: bool = False) -> Iterator[Views]:
-    """The epoch's micro-batches as views ``clean``."""
-    images: ImageSet = splits.train
+    """The epoch's micro-batches as views ``clean``. In ``index`` the extra images come after the training images."""
     order = rng.child("order", epoch).permutation(plan.count)
-    pairs = list(plan.micro_batches(order))
-    for (positions, _), (x, y, index) in zip(pairs, images.batches((i for _, i in pairs), device), strict=True):
+    pairs = [(epoch * TICKETS_PER_EPOCH + positions, index) for positions, index in plan.micro_batches(order)]
+    wanted = (i[i >= 0] for _, i in pairs)
+    real = ((x, one_hot(y, splits.num_classes, x.dtype), i) for x, y, i in splits.train.batches(filter(len, wanted), device))
+    extra: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
+    if plan.extra and splits.extra is not None:
+        drawn = (with_replacement(rng.child("extra").at(key[i < 0]), len(splits.extra)) for key, i in pairs)
+        extra = ((x, y, i + plan.count) for x, y, i in splits.extra.batches(filter(len, drawn), device))
+    for key, index in pairs:
+        is_extra = (index < 0).long()
+        found = [next(images) for images, there in ((real, 1 - is_extra), (extra, is_extra)) if there.any()]
+        if len(found) == 2:
+            place = is_extra.argsort(stable=True).argsort().to(device)
+            found = [tuple(torch.cat(v)[place] for v in zip(*found, strict=True))]  # type: ignore[list-item]
+        x, y, i = found[0]
         x = x.to(memory_format=torch.channels_last) if channels_last else x
-        key = (epoch * TICKETS_PER_EPOCH + positions).to(device)
-        yield {"clean": View(x=x, y=one_hot(y, splits.num_classes, x.dtype), key=key, index=index)}
+        yield {"clean": View(x=x, y=y, key=key.to(device), index=i)}
+
+
+def with_replacement(rng: Rng, count: int) -> Tensor:
+    """A position below ``count`` (up to 2^48) for each ticket."""
+    u = rng.uniform((2,), dtype=torch.float64)
+    return ((u[:, 0] + u[:, 1] * 2.0**-24) * count).long()
 
 
 def run_epoch(
