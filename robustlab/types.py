@@ -152,6 +152,7 @@ class Context:
         num_samples: size of the training set.
         image_shape: (C, H, W).
         create_model: builds another model from a name and keyword arguments.
+        batch_size: images per optimizer step, over all processes and micro-batches; None where there is no loop.
         steps, epochs: length of the whole run in optimizer steps and in epochs; None outside a run.
     """
 
@@ -160,6 +161,7 @@ class Context:
     num_samples: int
     image_shape: tuple[int, int, int]
     create_model: Callable[..., nn.Module] | None = None
+    batch_size: int | None = None
     steps: int | None = None
     epochs: int | None = None
 
@@ -295,9 +297,14 @@ class Attack(Part):
 
 
 class Stage(Part):
-    """Turns views into views: crafting, mixing, augmenting, refining labels. Fields ``on`` and ``to`` name views."""
+    """Turns views into views: crafting, mixing, augmenting, refining labels. Fields ``on`` and ``to`` name views.
+
+    Attributes:
+        crafts: True where it is the inner maximisation, so that another attack could stand in its place.
+    """
 
     kind: ClassVar[str] = "stage"
+    crafts: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
 
     def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
@@ -375,6 +382,7 @@ class Trainer(Part):
         attack_bn: BatchNorm mode during ``inner``.
         bn_updates: the views whose forward passes update BatchNorm's running statistics.
         joint: groups of views that share one forward pass, and so their batch statistics.
+        replays: optimizer steps on each batch, which stays as it is: its augmentation, mixing and dropout too.
         allow_shards: accept micro-batches or several processes although a part couples the batch.
     """
 
@@ -390,6 +398,7 @@ class Trainer(Part):
     attack_bn: BnMode = "eval"
     bn_updates: tuple[str, ...] = ("clean",)
     joint: tuple[tuple[str, ...], ...] = ()
+    replays: Count = 1
     allow_shards: bool = False
 
     def __post_init__(self) -> None:

@@ -44,8 +44,8 @@ def trainer(name, **fields):
     return with_threat(config.build("trainer", name, **fields), THREAT)
 
 
-def outer_of(f, method, precision="fp32"):
-    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE), precision)
+def outer_of(f, method, precision="fp32", batch_size=None):
+    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE, batch_size=batch_size), precision)
 
 
 def sgd(outer, lr=0.05):
@@ -54,7 +54,7 @@ def sgd(outer, lr=0.05):
 
 def steps(f, method, count=2, n=8, shards=1, precision="fp32", clip_grad=None, seed=5):
     """Train ``f`` for some steps; returns the outer module and the terms of the last step."""
-    outer = outer_of(f, method, precision)
+    outer = outer_of(f, method, precision, batch_size=n)
     optimizer, terms = sgd(outer), {}
     dtype = next(f.parameters()).dtype
     for s in range(count):

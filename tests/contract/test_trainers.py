@@ -7,6 +7,7 @@ import typing
 import pytest
 import torch
 from small import (
+    THREAT,
     TRAINERS,
     Halt,
     Watch,
@@ -23,10 +24,11 @@ from small import (
 )
 
 from robustlab import cli, config
+from robustlab.outer import Forward, Precise
 from robustlab.registry import entries
 from robustlab.rng import Rng
 from robustlab.training.step import train_step
-from robustlab.types import BnMode, Fidelity, UserError
+from robustlab.types import BnMode, Fidelity, UserError, with_threat
 
 MODES = typing.get_args(BnMode)
 
@@ -40,12 +42,14 @@ def only_inner(f, method):
 
 
 def views_of(method):
-    """The views that the losses look at."""
-    names = set()
+    """The named views whose forward passes the losses ask for."""
+    f, names = net(), set()
+    views, rng = only_inner(f, method)[0]
+    forward = Forward(Precise(f), views, rng, method, False)
+    run = forward._run
+    forward._run = lambda name: (names.add(name), run(name))
     for part in (method.objective, *method.regularizers):
-        for field in ("on", "clean", "adv"):
-            value = getattr(part, field, ())
-            names |= {value} if isinstance(value, str) else set(value)
+        part(forward, views)
     return sorted(names)
 
 
@@ -66,7 +70,8 @@ def test_inner_stages_leave_only_what_attack_bn_says(name, mode, monkeypatch):
         shards = only_inner(f, trainer(name, attack_bn=mode))
     for views, _ in shards:
         for view in views.values():
-            assert not view.x.requires_grad
+            assert view.x.grad_fn is None  # no graph; Free's images are leaves that the loss's backward pass fills
+            assert not view.x.requires_grad or name == "free-at"
             assert not view.y.requires_grad
     assert all(p.grad is None and p.requires_grad for p in f.parameters())
     assert all(m.training and m.track_running_stats for m in norms(f))
@@ -79,6 +84,12 @@ def test_inner_stages_leave_only_what_attack_bn_says(name, mode, monkeypatch):
 @pytest.mark.parametrize("name", [n for n in TRAINERS if trainer(n).inner])
 def test_attack_bn_chooses_the_statistics_that_the_attack_sees(name):
     """The three modes normalise as they say: eval by the running statistics, the others by the batch's own."""
+    f = net()
+    with counted(f) as forwards:
+        only_inner(f, trainer(name))
+    if forwards[0] == 0:  # the attack lives on the loss's own gradient
+        assert name == "free-at"
+        return
     x = {mode: only_inner(net(), trainer(name, attack_bn=mode))[0][0]["adv"].x for mode in MODES}
     assert torch.equal(x["train-noupdate"], x["train-update"])
     assert not torch.equal(x["train-noupdate"], x["eval"])
@@ -180,7 +191,8 @@ def test_the_loss_can_be_evaluated_again(name, regularizer):
     method = trainer(name, attack_bn="eval")
     if regularizer:
         inner = method.inner or trainer("pgd-at").inner
-        method = dataclasses.replace(method, inner=inner, regularizers=(config.build("regularizer", regularizer),))
+        part = with_threat(config.build("regularizer", regularizer), THREAT)
+        method = dataclasses.replace(method, inner=inner, regularizers=(part,))
     f = net(dropout=0.3)
     shard = only_inner(f, method)[0]
     outer = outer_of(f, method).train()
@@ -237,11 +249,11 @@ model: {name: small_cnn, width: 4}
 data: {name: digits, size: 8}
 threat: {norm: linf, eps: 0.1}
 """
-ADV = "[craft, {name: mixup, on: adv, to: adv}]"
-CLEAN = "[{name: mixup, on: clean, to: clean}]"
+ADV = "{name: mixup, on: adv, to: adv}"
+CLEAN = "{name: mixup, on: clean, to: clean}"
 FRAGMENTS = {
     "mixup before the attack": lambda stages: f"  inner: [{', '.join(['{name: mixup, alpha: 0.4}', *stages])}]\n",
-    "mixup after the attack": lambda stages: f"  inner: {ADV if stages else CLEAN}\n",
+    "mixup after the attack": lambda stages: f"  inner: [{', '.join([*stages, ADV] if stages else [CLEAN])}]\n",
     "one lam per sample": lambda stages: f"  inner: [{', '.join(['{name: mixup, scope: sample}', *stages])}]\n",
     "ema": lambda stages: "  averaging: {name: ema, decay: 0.9}\n",
     "label smoothing": lambda stages: f"  inner: [{', '.join(['{name: label-smoothing, smoothing: 0.2}', *stages])}]\n",

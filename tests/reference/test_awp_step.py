@@ -1,4 +1,4 @@
-"""`awp` and `trades-awp` steps against Wu, Xia, Wang (NeurIPS 2020), algorithm 1, written out straight (straight_line.py)."""
+"""`awp`, `trades-awp` and `mart-awp` steps against Wu, Xia, Wang (NeurIPS 2020), algorithm 1, written out straight."""
 
 import pytest
 import straight_line as paper
@@ -61,18 +61,17 @@ def test_three_steps_are_the_algorithm(attack_bn):
     assert int(f.b1.num_batches_tracked) == (3 * (STEPS + 1) if mode == "update" else 3)
 
 
-def trades_awp_step(w, stats, velocity, x, label, noise, gamma, beta):
-    """One step of TRADES-AWP; ``noise`` (N, C, H, W) is standard normal. The attack runs at w, in eval mode."""
+def awp_on_two_views(w, stats, velocity, x, label, noise, gamma, attacked, loss_of):
+    """A step at the worst weights of ``loss_of(z, z_adv)``; ``noise`` (N, C, H, W) is standard normal, the attack in eval mode."""
     p = paper.softmax(paper.logits(x, w, stats, "eval"))
     x_adv = x + 0.001 * noise
     for _ in range(STEPS):
         x_k = x_adv.clone().requires_grad_(True)
-        (g,) = torch.autograd.grad(paper.divergence(p, paper.logits(x_k, w, stats, "eval")), x_k)
+        (g,) = torch.autograd.grad(attacked(p, paper.logits(x_k, w, stats, "eval"), label), x_k)
         x_adv = paper.into_ball(x_adv + EPS / 4 * g.sign(), x, EPS)
 
     def loss_at(w, mode):
-        z, z_adv = paper.logits(x, w, stats, mode), paper.logits(x_adv, w, stats, mode)
-        return paper.cross_entropy(z, label) + beta * paper.divergence(paper.softmax(z), z_adv)
+        return loss_of(paper.logits(x, w, stats, mode), paper.logits(x_adv, w, stats, mode), label)
 
     here = paper.leaves(w)
     g = paper.gradient(loss_at(here, "train"), here)
@@ -86,8 +85,29 @@ def trades_awp_step(w, stats, velocity, x, label, noise, gamma, beta):
     return float(loss.detach())
 
 
-def test_three_steps_of_trades_awp():
-    trainer = with_threat(config.build("trainer", "trades-awp"), Threat("linf", EPS))
+def trades(z, z_adv, label):
+    return paper.cross_entropy(z, label) + 6 * paper.divergence(paper.softmax(z), z_adv)
+
+
+def mart(z, z_adv, label):
+    p, p_adv = paper.softmax(z), paper.softmax(z_adv)
+    total = 0
+    for i, y in enumerate(label.tolist()):
+        wrong = torch.stack([p_adv[i, k] for k in range(5) if k != y]).max()
+        divergence = (p[i] * (p[i].log() - p_adv[i].log())).sum()
+        total = total - p_adv[i, y].log() - (1.0001 - wrong).log() + 5 * divergence * (1 - p[i, y])
+    return total / len(z)
+
+
+@pytest.mark.parametrize(
+    ("name", "attacked", "loss_of"),
+    [
+        ("trades-awp", lambda p, z, label: paper.divergence(p, z), trades),
+        ("mart-awp", lambda p, z, label: paper.cross_entropy(z, label), mart),
+    ],
+)
+def test_three_steps_with_another_objective(name, attacked, loss_of):
+    trainer = with_threat(config.build("trainer", name), Threat("linf", EPS))
     f = paper.module()
     w = {name: p.detach().clone() for name, p in f.named_parameters()}
     stats = {name: b.clone() for name, b in f.named_buffers()}
@@ -101,7 +121,7 @@ def test_three_steps_of_trades_awp():
         noise = rng.child("inner", 0).at(key).child("restart", 0).child("start").normal((2, 6, 6), torch.float64)
         view = View(x=x, y=one_hot(label, 5, torch.float64), key=key)
         terms = train_step(outer, [{"clean": view}], trainer, optimizer, rng, first=step)
-        loss = trades_awp_step(w, stats, velocity, x, label, noise, 0.005, 6.0)
+        loss = awp_on_two_views(w, stats, velocity, x, label, noise, 0.005, attacked, loss_of)
         assert float(terms["loss"]) == pytest.approx(loss, rel=1e-9)
         paper.assert_same(f, optimizer, w, stats, velocity)
     assert int(f.b1.num_batches_tracked) == 3 * 2
