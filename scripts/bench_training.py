@@ -295,9 +295,7 @@ def main() -> int:
     f = create_model(args.model, num_classes=10).to(args.device)
     x = torch.rand(args.batch_size, 3, 32, 32).to(args.device)
     labels = torch.randint(10, (len(x),)).to(args.device)
-    print(
-        f"{args.model}, batch {args.batch_size}, {args.device}, {args.threads} threads, torch {torch.__version__}, {args.rounds} rounds"
-    )
+    print(f"{args.model}, batch {len(x)}, fp32, {args.device}, {args.threads} threads, torch {torch.__version__}")
     met = True
     for name in args.method or GOALS:
         met &= report(name, measure(contestants(name, f, x, labels, args.checkouts), args.rounds, args.device))
