@@ -29,9 +29,9 @@ IMAGES = 200  # of the test split, in every probe
 
 SETTINGS: dict[str, dict[str, Any]] = {
     f"digits-{eps:g}-w{width}-lr{lr:g}": {"eps": eps, "width": width, "lr": lr, "epochs": 60}
-    for eps in (0.15, 0.2, 0.3)
-    for width in (16, 48)
-    for lr in (0.1, 0.4)
+    for eps in (0.15, 0.2, 0.25)
+    for width in (16, 24)
+    for lr in (0.1, 0.2, 0.4)
 }
 
 
@@ -45,7 +45,7 @@ def configuration(setting: dict[str, Any], guard: str, seed: int) -> config.Conf
         data=config.build("dataset", "digits"),
         threat=config.Threat("linf", setting["eps"]),
         optimizer=config.build("optimizer", "sgd", lr=setting["lr"]),
-        schedule=config.build("schedule", "constant", warmup=4.0),
+        schedule=config.build("schedule", "cosine", warmup=4.0),
         training=config.Training(
             epochs=setting["epochs"],
             batch_size=64,
