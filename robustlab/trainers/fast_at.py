@@ -23,7 +23,7 @@ from robustlab.weight_perturbation.plain import Plain
 class FastAt(Trainer):
     """Adversarial training with one step from a random start."""
 
-    fidelity = "paper-verified"
+    fidelity = "code-verified"
     passes = "2 forwards, 1 input gradient, 1 backward"
 
     inner: tuple[Stage, ...] = (Craft(attack=PGD(steps=1, rel_step=1.25, start="uniform")),)

@@ -23,7 +23,7 @@ from robustlab.weight_perturbation.plain import Plain
 class FreeAt(Trainer):
     """Adversarial training that recycles the backward pass; each batch takes ``replays`` steps."""
 
-    fidelity = "paper-verified"
+    fidelity = "code-verified"
     passes = "1 forward, 1 backward"
 
     inner: tuple[Stage, ...] = (FreePerturbation(),)

@@ -24,7 +24,7 @@ from robustlab.weight_perturbation.plain import Plain
 class GradAlign(Trainer):
     """FGSM training that keeps the input gradient aligned within the ball, so that one step stays enough."""
 
-    fidelity = "paper-verified"
+    fidelity = "code-verified"
     passes = "3 forwards, 1 input gradient, 3 backwards"
 
     inner: tuple[Stage, ...] = (Craft(attack=PGD(steps=1, rel_step=1.25, start="zero")),)

@@ -22,7 +22,7 @@ from robustlab.weight_perturbation.plain import Plain
 class NFgsm(Trainer):
     """Adversarial training with one step from strong noise, not projected."""
 
-    fidelity = "paper-verified"
+    fidelity = "code-verified"
     passes = "2 forwards, 1 input gradient, 1 backward"
 
     inner: tuple[Stage, ...] = (NoisyFGSM(noise=2.0, step=1.0),)

@@ -22,4 +22,4 @@ from robustlab.trainers.pgd_at import PgdAt
 class RiceAt(PgdAt):
     """PGD adversarial training, long, with the best epoch chosen on held-out images."""
 
-    fidelity = "paper-verified"
+    fidelity = "code-verified"
