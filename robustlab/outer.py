@@ -252,10 +252,9 @@ def gradient_at(loss: Any, shards: Sequence[Shard], leaves: Sequence[Tensor], on
 class SampleForward:
     """What losses call while one sample is looked at alone: other weights, the running statistics of BatchNorm."""
 
-    def __init__(self, f: Precise, params: Mapping[str, Tensor], views: Views, rng: Rng):
+    def __init__(self, f: nn.Module, params: Mapping[str, Tensor], views: Views, rng: Rng):
         self.rng = rng
-        self._f = Precise(_Functional(f.module, params), f.precision)  # type: ignore[arg-type]
-        self._module, self._views = f.module, views
+        self._f, self._module, self._views = _Functional(f, params), f, views
         self._logits: dict[str, Tensor] = {}
         self._features: dict[str, Tensor] = {}
 
@@ -277,8 +276,8 @@ class SampleForward:
 def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
     """The Euclidean length (N,) of the gradient of each sample's own loss at the trained weights, exactly.
 
-    Each sample is taken alone, with the running statistics of BatchNorm and without dropout. Its loss is the sum of the terms that
-    have one value for each sample, without the samples' weights.
+    Each sample is taken alone, in the precision of the weights, by the running statistics of BatchNorm and without dropout. Its
+    loss is the sum of the terms that have one value for each sample, without the samples' weights.
 
     Args:
         loss: of the step.
@@ -300,7 +299,7 @@ def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
 
     def value(params: Mapping[str, Tensor], row: dict[str, dict[str, Tensor]]) -> Tensor:
         one = {name: View(**{k: v[None] for k, v in fields.items()}) for name, fields in row.items()}  # type: ignore[arg-type]
-        forward = SampleForward(outer.callee, params, one, rng.child("loss"))
+        forward = SampleForward(outer.f, params, one, rng.child("loss"))
         terms = [t for part in parts for t in outer.call(part, forward, one).values()]
         return sample_losses(terms).sum()
 

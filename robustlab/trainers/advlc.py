@@ -2,11 +2,12 @@
 
     min_w  E[ CE(f(x'), y) ] + lam * (1/B) * sum over the top share q of |z(x) - z(x')|,      lam = 0.3, q = 0.1
 
-x' is PGD from x itself: 10 steps of eps / 4. All passes are in train mode. With weight averaging (``swa``) the authors take lam = 0.4.
+x' is PGD from x itself: 10 steps of eps / 4. All passes are in train mode. With weights averaged by ``swa`` the authors take
+lam = 0.4.
 
-Differences from the authors' code: theirs means to reuse the clean pass's gradient for the first attack step, but hands it over as
-the perturbation to start from, so that the attack starts at x + gradient; here it starts at x. Theirs runs the clean pass before the
-attack, here it comes after it, which only changes the order in which BatchNorm's statistics are renewed.
+Differences from the authors' code: theirs means to reuse the clean pass's gradient for the first attack step, but hands it
+over as the perturbation to start from, so that the attack starts at x + gradient; here it starts at x. Theirs runs the clean pass
+before the attack, here it comes after it, which only changes the order in which BatchNorm's statistics are renewed.
 """
 
 from __future__ import annotations

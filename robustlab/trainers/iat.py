@@ -4,8 +4,8 @@
     x~_i = lam x_i + (1 - lam) x_j,     x~'_i = lam' x'_i + (1 - lam') x'_k,     y~, y~' mixed alike,     lam, lam' ~ Beta(1, 1)
 
 x' is PGD on the images before they are mixed; each half has its own lam and partners. It aims at clean accuracy: expect robustness
-under AutoAttack below that of ``pgd-at``. The authors' code was not found; seven steps of eps / 4 in train mode are those of a public
-reimplementation (ndb796), as is the mixing.
+under AutoAttack below that of ``pgd-at``. The authors' code was not found; seven steps of eps / 4 in train mode are those of a
+public reimplementation (ndb796), as is the mixing.
 """
 
 from __future__ import annotations

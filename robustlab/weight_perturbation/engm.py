@@ -6,7 +6,7 @@
 
 u is the gradient of (1/N) sum_i w_i l_i with the w_i held fixed, so the weights of the samples are all there is to it, and every
 objective can be had. Adversarial training has longer and more unequal gradients than ordinary training, which slows momentum SGD
-down; the bound takes that away. beta infinite is the plain gradient.
+down; the bound takes that away. An infinite beta is the plain gradient.
 
 ||g_i|| is exact, by a vectorised map over the samples. They are taken alone, since BatchNorm in train mode couples them: by its
 running statistics and without dropout. Terms that couple the batch keep the weight 1.
@@ -34,11 +34,11 @@ class Engm(GradientRule):
     """The mean of the samples' gradients, each shortened to a bound; their lengths are exact.
 
     Attributes:
-        bound: beta, the longest gradient that a sample contributes; ``.inf`` is the plain gradient.
+        bound: beta, the longest gradient that a sample contributes; None is the plain gradient.
         chunk: how many samples' gradients are held in memory at once; each has the size of the model.
     """
 
-    bound: NonNegative = 1.0
+    bound: NonNegative | None = 1.0
     chunk: Count = 32
 
     def __call__(self, f: nn.Module, loss: Any, shards: Sequence[Shard], rng: Rng) -> dict[str, Tensor]:
@@ -46,6 +46,8 @@ class Engm(GradientRule):
         return backward(loss, shards, shares=shares)
 
 
-def clipping(norms: Tensor, bound: float) -> Tensor:
+def clipping(norms: Tensor, bound: float | None) -> Tensor:
     """min(1, bound / norm), (N,)."""
+    if bound is None:
+        return torch.ones_like(norms)
     return (bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1.0)

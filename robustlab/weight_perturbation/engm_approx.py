@@ -45,14 +45,14 @@ class EngmApprox(GradientRule):
     """The mean of the samples' gradients, each shortened to a bound; their lengths are estimated from gradients at the images.
 
     Attributes:
-        bound: beta, the longest gradient that a sample contributes; ``.inf`` is the plain gradient.
+        bound: beta, the longest gradient that a sample contributes; None is the plain gradient.
         refit: steps from one fit to the next.
         memory: share of the old line at a fit.
         on: the view whose images' gradients are looked at.
         chunk: how many samples' gradients are held in memory at once during a fit.
     """
 
-    bound: NonNegative = 1.0
+    bound: NonNegative | None = 1.0
     refit: Count = 50
     memory: OpenFraction = 0.5
     on: str = "adv"

@@ -1,6 +1,6 @@
 """Runs a trainer beside a straight-line computation of the same steps, and compares what they leave behind.
 
-The net of ``straight_line``, with the outputs of its layers within reach. The straight-line side is given the draws and nothing else.
+The net of ``straight_line``, with the outputs of its layers within reach. The straight-line side gets the draws and nothing else.
 """
 
 import pytest

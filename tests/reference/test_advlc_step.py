@@ -20,7 +20,9 @@ def step(w, stats, velocity, x, label, draws, number):
     here = paper.leaves(w)
     z_adv = paper.logits(x_adv, here, stats, "update")
     z = paper.logits(x, here, stats, "update")
-    gaps = sorted((z - z_adv).abs().flatten().unbind(), key=lambda v: v.item(), reverse=True)  # over the whole batch, not per sample
+    gaps = sorted(
+        (z - z_adv).abs().flatten().unbind(), key=lambda v: v.item(), reverse=True
+    )  # over the whole batch, not per sample
     top = sum(gaps[: int(SHARE * len(gaps))])
     loss = paper.cross_entropy(z_adv, label) + LAM * top / len(x)
     paper.sgd(w, paper.gradient(loss, here), velocity)

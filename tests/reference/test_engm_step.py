@@ -21,7 +21,9 @@ def norms(x, label, w, stats):
 def attacked(x, label, draws, w, stats):
     start = draws.child("inner", 0).child("restart", 0).child("start").uniform(SHAPE, -EPS, EPS, torch.float64)
     x_adv, g = pgd(x, label, start, EPS, STEPS, EPS / 4, w, stats, "update")
-    return x_adv, torch.tensor([float((len(x) * v).square().sum().sqrt()) for v in g])  # of each loss, not of their mean
+    return x_adv, torch.tensor(
+        [float((len(x) * v).square().sum().sqrt()) for v in g], dtype=torch.float64
+    )  # of each loss, not of their mean
 
 
 def update(x_adv, label, share, w, stats, velocity):
@@ -59,7 +61,6 @@ def test_engm_approx_is_the_formula(memory):
 
     def step(w, stats, velocity, x, label, draws, number):
         x_adv, g = attacked(x, label, draws, w, stats)
-        g = g.double()
         if number % 2 == 0:
             n = norms(x_adv, label, w, stats)
             a = ((g - g.mean()) * (n - n.mean())).sum() / ((g - g.mean()) ** 2).sum()
