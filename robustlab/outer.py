@@ -277,7 +277,9 @@ def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
     """The Euclidean length (N,) of the gradient of each sample's own loss at the trained weights, exactly.
 
     Each sample is taken alone, in the precision of the weights, by the running statistics of BatchNorm and without dropout. Its
-    loss is the sum of the terms that have one value for each sample, without the samples' weights.
+    loss is the sum of the terms that have one value for each sample, without the samples' weights. Where a layer is perturbed or
+    mixed, or a loss contains a gradient, samples cannot be taken alone: then each costs a backward pass through the whole batch,
+    as it is in the step.
 
     Args:
         loss: of the step.
@@ -285,15 +287,13 @@ def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
         chunk: how many gradients are held in memory at once.
 
     Raises:
-        UserError: the samples cannot be taken apart: a view carries taps, a loss is itself a gradient, or couples the batch.
+        UserError: every term couples the batch.
     """
     views, rng = shard
     outer = loss.outer
     parts = (outer.trainer.objective, *outer.trainer.regularizers)
-    for name in [n for n, v in views.items() if v.taps]:
-        raise UserError(f"the gradient of each sample: the view '{name}' has perturbed or mixed layers, which belong to the batch")
-    for part in [p for p in parts if p.double_backward]:
-        raise UserError(f"the gradient of each sample: {part.name} is itself made of gradients, and is not differentiated so again")
+    if any(v.taps for v in views.values()) or any(p.double_backward for p in parts):
+        return _row_gradient_norms(loss, shard, chunk)
     params = {name: p.detach() for name, p in outer.f.named_parameters() if p.requires_grad}
     rows = {name: _rows(view) for name, view in views.items()}
 
@@ -309,6 +309,18 @@ def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
 
     with bn_mode(outer.f, "eval"), twice_differentiable():
         return torch.func.vmap(length, chunk_size=chunk)(rows).detach()
+
+
+def _row_gradient_norms(loss: Any, shard: Shard, chunk: int) -> Tensor:
+    _, terms = loss(shard, stats=False, sync=False)
+    each, leaves = sample_losses(list(terms.values())), [p for p in loss.outer.f.parameters() if p.requires_grad]
+
+    def length(row: Tensor) -> Tensor:
+        grads = torch.autograd.grad(each, leaves, row, retain_graph=True, allow_unused=True)
+        return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt()
+
+    with twice_differentiable():
+        return torch.func.vmap(length, chunk_size=chunk)(torch.eye(len(each), dtype=each.dtype, device=each.device)).detach()
 
 
 def _rows(view: View) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ objective can be had. Adversarial training has longer and more unequal gradients
 down; the bound takes that away. An infinite beta is the plain gradient.
 
 ||g_i|| is exact, by a vectorised map over the samples. They are taken alone, since BatchNorm in train mode couples them: by its
-running statistics and without dropout. Terms that couple the batch keep the weight 1.
+running statistics and without dropout. Where layers are perturbed or mixed (``slat``, ``manifold-mixup``) they cannot be taken
+alone, and each sample costs a backward pass through the whole batch. Terms that couple the batch keep the weight 1.
 
 Differences from the paper: only its abstract could be read, and there is no public code. This form of w_i is a reconstruction, and
 so is the default of beta.

@@ -98,7 +98,6 @@ def test_random_combinations_train_or_are_refused_for_a_listed_reason(seed):
 REFUSED = {
     "mixed apart": {"objective": "trades", "mixer": ("mixup", "after")},
     "cannot be mixed": {"attack": "slat", "mixer": ("mixup", "after")},
-    "which belong to the batch": {"attack": "slat", "gradient": "engm"},
 }
 
 
@@ -113,13 +112,6 @@ def test_a_pass_is_not_shared_by_views_with_perturbed_layers():
     method = dataclasses.replace(build({"attack": "slat", "objective": "trades"}), joint=(("clean", "adv"),))
     with pytest.raises(ValueError, match="cannot share a pass"):
         steps(net(), method)
-
-
-def test_losses_that_are_gradients_have_no_gradient_of_each_sample():
-    assert "is itself made of gradients" in reasons()
-    doubled = [n for n, c in entries("regularizer").items() if c.double_backward]
-    for name in doubled:
-        assert "is itself made of gradients" in outcome({"regularizer": name, "gradient": "engm"})
 
 
 def test_every_kind_of_part_is_drawn():

@@ -3,7 +3,7 @@
 import pytest
 import straight_line as paper
 import torch
-from stepwise import SHAPE, follow, pgd
+from stepwise import SHAPE, follow, logits, pgd
 
 EPS, STEPS = 0.1, 10
 
@@ -74,3 +74,37 @@ def test_engm_approx_is_the_formula(memory):
     outer, _, _ = follow("engm-approx", fields, step, count=6)
     state = outer.state_of(outer.trainer.gradient)
     torch.testing.assert_close(state.line.double(), line[0], rtol=1e-5, atol=1e-8)
+
+
+def test_samples_that_cannot_be_taken_alone_are_taken_one_backward_pass_each():
+    """With a perturbed layer the lengths are those of one backward pass for each sample, by the batch's own statistics."""
+    seen = []
+
+    def step(w, stats, velocity, x, label, draws, number):
+        x_0, layer = x.clone().requires_grad_(True), []
+        z = logits(x_0, w, stats, "update", lambda at, h: (layer.append(h), h)[1] if at == "c1" else h)
+        g, h_g = torch.autograd.grad(paper.cross_entropy(z, label) * len(x), [x_0, layer[0]])
+        x_adv = paper.into_ball(x + 0.9 * EPS * g.sign(), x, EPS)
+
+        def perturb(at, h):
+            if at != "c1":
+                return h
+            low, high = (f(h.detach().flatten(2), 2)[:, :, None, None] for f in (torch.amin, torch.amax))
+            return h + (torch.min(torch.max(h + 8 / 255 * h_g.sign(), low), high) - h).detach()
+
+        def each(here, mode):
+            z = logits(x_adv, here, stats, mode, perturb)
+            return [z[i].exp().sum().log() - z[i, label[i]] for i in range(len(x))]
+
+        n = []
+        for i in range(len(x)):
+            here = paper.leaves(w)
+            n.append(sum((v**2).sum() for v in paper.gradient(each(here, "train")[i], here).values()).sqrt())
+        seen.extend(float(v) for v in n)
+        here = paper.leaves(w)
+        loss = (clip(n, 0.5) * torch.stack(each(here, "update"))).sum() / len(x)
+        paper.sgd(w, paper.gradient(loss, here), velocity)
+        return float(loss.detach())
+
+    follow("slat", {"gradient": {"name": "engm", "bound": 0.5, "chunk": 4}}, step)
+    assert max(seen) > 0.5
