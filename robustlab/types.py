@@ -212,8 +212,6 @@ class Loss(Protocol):
 
     def __call__(self, shard: Shard, *, stats: bool, sync: bool) -> tuple[Tensor, Terms]: ...
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
 
 # -------------------------------------------------------------------------------------------------------------- parts
 
@@ -306,6 +304,7 @@ class Stage(Part):
     kind: ClassVar[str] = "stage"
     crafts: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False  # a row of the new view is no longer the sample of that row
 
     def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
         raise NotImplementedError
@@ -402,13 +401,22 @@ class Trainer(Part):
     allow_shards: bool = False
 
     def __post_init__(self) -> None:
-        views = {"clean"}
+        rows: dict[str, object] = {"clean": None}  # which samples the rows of each view are: the stage that last mixed them
         for i, stage in enumerate(self.inner):
-            self._check(f"inner.{i}.on", getattr(stage, "on", "clean"), views)
-            views.add(getattr(stage, "to", "clean"))
+            on, to = getattr(stage, "on", "clean"), getattr(stage, "to", "clean")
+            self._check(f"inner.{i}.on", on, set(rows))
+            rows[to] = i if stage.mixes else rows.get(on)
+        views = set(rows)
         for where, part in [("objective", self.objective), *((f"regularizers.{i}", r) for i, r in enumerate(self.regularizers))]:
             for name in ("on", "clean", "adv"):
                 self._check(f"{where}.{name}", getattr(part, name, ()), views)
+            clean, adv = getattr(part, "clean", None), getattr(part, "adv", None)
+            if isinstance(clean, str) and isinstance(adv, str) and rows[clean] != rows[adv]:
+                raise ValueError(
+                    f"{where}: {part.name} compares the views '{clean}' and '{adv}' row by row, but they were mixed apart; "
+                    "mix before the attack, or name other views"
+                )
+        self._check("gradient.on", getattr(self.gradient, "on", ()), views)
         self._check("bn_updates", self.bn_updates, views)
         for group in self.joint:
             self._check("joint", group, views)

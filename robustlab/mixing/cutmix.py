@@ -23,7 +23,7 @@ from torch import Tensor
 
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, NonNegative, Stage, View, Views
+from robustlab.types import Classifier, NonNegative, Stage, UserError, View, Views
 
 
 @register("cutmix", cite="Yun, Han, Oh, Chun, Choe, Yoo, ICCV 2019, arXiv:1905.04899")
@@ -41,6 +41,7 @@ class CutMix(Stage):
     """
 
     coupled = True
+    mixes = True
 
     alpha: NonNegative = 1.0
     scope: Literal["batch", "sample"] = "batch"
@@ -67,7 +68,15 @@ class CutMix(Stage):
 
 
 def pasted(view: View, box: Tensor, partner: Tensor) -> View:
-    """Paste the partners' boxes (N, 4) into the images; targets and loss weights are mixed by area."""
+    """Paste the partners' boxes (N, 4) into the images; targets and loss weights are mixed by area.
+
+    Raises:
+        UserError: the view carries taps, which belong to its own rows.
+    """
+    if view.taps:
+        raise UserError(
+            "a view with perturbed or mixed layers (slat, manifold-mixup) cannot be mixed: they belong to its rows; mix before"
+        )
     h, w = view.x.shape[2:]
     rows, columns = torch.arange(h, device=box.device), torch.arange(w, device=box.device)
     tall = (rows >= box[:, :1]) & (rows < box[:, 1:2])

@@ -54,7 +54,7 @@ class WtAwp(GradientRule):
         here = backward(loss, shards, stats=False, sync=False)  # every trained parameter's .grad, of this process
         leaves = list(self.chosen(f).values())
         grads = loss.world.mean_([p.grad.clone() for p in leaves])
-        for p in loss.parameters():
+        for p in loss.outer.parameters():
             if p.grad is not None:
                 p.grad.mul_(1 - self.lam)
         with perturbed(leaves, worst(leaves, grads, self.gamma)):

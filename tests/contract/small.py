@@ -13,11 +13,12 @@ from robustlab.outer import Outer, context_of
 from robustlab.registry import entries
 from robustlab.rng import Rng
 from robustlab.training.step import train_step
-from robustlab.types import GradientRule, Threat, View, one_hot, with_threat
+from robustlab.types import GradientRule, Threat, View, one_hot, rebuild, walk, with_threat
 
 THREAT = Threat("linf", 0.1)
 CLASSES, SHAPE = 5, (1, 8, 8)
 TRAINERS = sorted(entries("trainer"))
+COUPLED = {n for n in TRAINERS if any(getattr(p, "coupled", False) for p in walk(config.build("trainer", n)))}
 
 
 def net(bn=True, dropout=0.0, seed=0):
@@ -42,6 +43,11 @@ def batch(n=8, first=0, dtype=torch.float32):
 
 def trainer(name, **fields):
     return with_threat(config.build("trainer", name, **fields), THREAT)
+
+
+def quick(name, **fields):
+    """The trainer with at most two steps in its attacks."""
+    return rebuild(trainer(name, **fields), lambda field, v: min(v, 2) if field == "steps" else v)
 
 
 def outer_of(f, method, precision="fp32", batch_size=None):
@@ -105,7 +111,7 @@ class Watch(GradientRule):
         self.seen.append(shards)
         if self.then is None:
             raise Halt
-        return self.then(f, loss, shards, rng)
+        return loss.outer.call(self.then, f, loss, shards, rng)
 
 
 @contextlib.contextmanager

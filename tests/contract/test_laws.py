@@ -15,6 +15,7 @@ import yaml
 from safetensors import safe_open
 from small import (
     CLASSES,
+    COUPLED,
     THREAT,
     TRAINERS,
     Halt,
@@ -41,14 +42,9 @@ from robustlab.registry import FOLDERS, entries
 from robustlab.rng import Rng
 from robustlab.training.loop import Plan, complete_trainer, loader
 from robustlab.training.step import check_shards, train_step
-from robustlab.types import Alone, Objective, Regularizer, Splits, Stage, Tap, Term, Threat, UserError, View, walk, with_threat
+from robustlab.types import Alone, Objective, Regularizer, Splits, Stage, Tap, Term, Threat, UserError, View, with_threat
 
 # ------------------------------------------------------------------------------------------- law 5: keyed by tickets
-
-
-def coupled(name):
-    """Whether shards of a batch compute something else than the batch (such a trainer allows or refuses them, law 11)."""
-    return any(getattr(p, "coupled", False) for p in walk(trainer(name)))
 
 
 class Doubles:
@@ -66,7 +62,7 @@ class Doubles:
 
 
 @pytest.mark.parametrize("augment", [(), ("flip-crop",)])
-@pytest.mark.parametrize("name", [n for n in TRAINERS if not coupled(n)])
+@pytest.mark.parametrize("name", [n for n in TRAINERS if n not in COUPLED])
 def test_micro_batches_see_the_same_images(name, augment):
     """With 1, 2 or 4 micro-batches per step the augmented and adversarial images of two steps agree, and so do the weights."""
     run = run_config(name)
@@ -372,7 +368,67 @@ class Boosted(Objective):
         return {"adv": Term(-(views["adv"].y * forward("adv").log_softmax(-1)).sum(-1)), "margin": Term(margin)}
 
 
+def objective_views(name):
+    """The views whose passes renew statistics and that the objective alone looks at."""
+    method = trainer(name)
+    seen = {v for field in ("on", "clean", "adv") for v in as_tuple(getattr(method.objective, field, ()))}
+    return [v for v in method.bn_updates if v in seen]
+
+
+def as_tuple(value):
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def plain_of(name, **fields):
+    """PGD training with the attack, passes and statistics of another trainer, and with other fields."""
+    method = trainer(name)
+    same = {
+        "inner": method.inner[:1],
+        "objective": method.objective,
+        "attack_bn": method.attack_bn,
+        "bn_updates": method.bn_updates,
+    }
+    return dataclasses.replace(trainer("pgd-at"), **same | fields)
+
+
+def without_mixing(name):
+    method = trainer(name)
+    return dataclasses.replace(
+        method, inner=tuple(dataclasses.replace(s, alpha=0.0) if s.mixes else s for s in method.inner)
+    ), plain_of(name, objective=config.build("objective", "cross-entropy", on=["clean", "adv"]), bn_updates=("clean", "adv"))
+
+
+def fgsm_training():
+    craft = config.build("stage", {"name": "craft", "attack": {"name": "fgsm"}})
+    return with_threat(plain_of("slat", inner=(craft,)), THREAT)
+
+
 IDENTITIES = {
+    "iat, alpha 0 = clean and adversarial": lambda: without_mixing("iat"),
+    "manifold-iat, alpha 0 = clean and adversarial": lambda: without_mixing("manifold-iat"),
+    "advlc, lam 0 = pgd-at from x": lambda: (
+        trainer("advlc", regularizers=[{"name": "logit-variation", "lam": 0.0}], bn_updates=["adv"]),
+        plain_of("advlc", bn_updates=("adv",)),
+    ),
+    "slat, no sites = fgsm": lambda: (trainer("slat", inner=[{"name": "slat", "sites": [], "alpha": 1.0}]), fgsm_training()),
+    "krylov-at, m 1 = fgsm": lambda: (
+        trainer("krylov-at", inner={"craft": {"attack": {"m": 1, "steps": 1}}}, attack_bn="train-update"),
+        fgsm_training(),
+    ),
+    "engm, no bound = pgd-at": lambda: (trainer("engm", gradient={"bound": None}), trainer("pgd-at")),
+    "engm-approx, no bound = pgd-at": lambda: (trainer("engm-approx", gradient={"bound": None}), trainer("pgd-at")),
+    "engm-approx, a fit at each step = engm": lambda: (
+        trainer("engm-approx", gradient={"refit": 1, "bound": 0.5}),
+        trainer("engm", gradient={"bound": 0.5}),
+    ),
+    "wt-awp, gamma 0 = pgd-at": lambda: (trainer("wt-awp", gradient={"gamma": 0.0}), trainer("pgd-at")),
+    "wt-awp, lam 1 on all layers = awp": lambda: (trainer("wt-awp", gradient={"lam": 1.0, "last": True}), trainer("awp")),
+    "trades-awp, gamma 0 = trades": lambda: (trainer("trades-awp", gradient={"gamma": 0.0}), trainer("trades")),
+    "mart-awp, gamma 0 = mart": lambda: (trainer("mart-awp", gradient={"gamma": 0.0}), trainer("mart")),
+    "rebuffi, alpha 0 = its attack alone": lambda: (
+        dataclasses.replace(trainer("rebuffi"), inner=(config.build("stage", "cutmix", alpha=0.0), trainer("rebuffi").inner[1])),
+        dataclasses.replace(trainer("rebuffi"), inner=(Pass(), trainer("rebuffi").inner[1])),
+    ),
     "awp, gamma 0 = pgd-at": lambda: (trainer("awp", gradient={"name": "awp", "gamma": 0.0}), trainer("pgd-at")),
     "trades, beta 0 = standard": lambda: (
         trainer("trades", objective={"name": "trades", "beta": 0.0}, bn_updates=["clean"]),
