@@ -37,7 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def configuration(setting: dict[str, Any], guard: str, seed: int) -> config.Config:
     """A run of FGSM training on digits; ``guard`` is none, stop or rollback."""
-    rule = None if guard == "none" else config.Overfitting(act=guard)  # type: ignore[arg-type]
+    pgd = config.build("attack", "pgd", steps=4, rel_step=0.4)
+    rule = None if guard == "none" else config.Overfitting(act=guard, attack=pgd)  # type: ignore[arg-type]
     fgsm = {"name": "craft", "attack": {"name": "pgd", "steps": 1, "rel_step": 1.0, "start": "zero"}}
     return config.Config(
         trainer=config.build("trainer", "fast-at", inner=[fgsm]),

@@ -157,8 +157,7 @@ def fit(
             distributed.barrier(world)
             if verdict.act is Act.ROLLBACK:
                 meta = load_state(state_path, outer, optimizer)
-                epoch, best, metrics, watched = (meta[k] for k in ("epoch", "best", "metrics", "watched"))
-                watched["rolled_back"] = verdict.reason
+                epoch, watched = meta["epoch"], {**meta["watched"], "rolled_back": verdict.reason}
             else:
                 epoch += 1
     return Outcome(epoch, metrics, best, verdict.reason, watched["rolled_back"], start if resume and start else None)

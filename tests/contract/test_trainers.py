@@ -357,6 +357,7 @@ def test_a_step_empties_the_gradients_and_commits_once(name):
     f = net()
     outer, _ = steps(f, trainer(name, averaging="ema"), count=3)
     assert all(p.grad is None for p in outer.parameters())
+    assert not any(getattr(m, "pending", ()) for m in outer.state.modules())
     assert int(outer.state_of(outer.trainer.averaging).steps) == 3
 
 
