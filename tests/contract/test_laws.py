@@ -471,7 +471,7 @@ for _name in TRAINERS:
             behind(name, Pass()),
         ),
     }
-    if trainer(_name).inner:
+    if trainer(_name).inner and "logit-variation" not in [r.name for r in trainer(_name).regularizers]:
         IDENTITIES[f"{_name}: logit variation, lam 0"] = lambda name=_name: (
             dataclasses.replace(
                 trainer(name), regularizers=(*trainer(name).regularizers, config.build("regularizer", "logit-variation", lam=0.0))

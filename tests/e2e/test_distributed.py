@@ -248,6 +248,21 @@ def test_a_killed_run_of_two_processes_resumes_bit_for_bit(tmp_path):
     assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_an_average_gets_the_statistics_of_all_processes(tmp_path):
+    """SWA on two processes: both ranks refresh on their own batches, and the exported statistics are the mean over them."""
+    path, out = tmp_path / "run.yaml", tmp_path / "run"
+    average = "averaging: {name: swa, start: 0.0, refresh: 2}"
+    path.write_text(RUN.replace("averaging: {name: ema, decay: 0.9}", average).replace("epochs: 4", "epochs: 1"))
+    commands = start(path, out)
+    assert [c.wait() for c in commands] == [0, 0], commands[0].said() + commands[1].said()
+    saved = state(out)
+    counts = [v for k, v in saved.items() if k.startswith("outer.state.averaging.module") and k.endswith("num_batches_tracked")]
+    assert counts
+    assert all(int(v) == 2 for v in counts)
+    means = [k for k in saved if k.startswith("outer.f.") and k.endswith("running_mean")]
+    assert all(not torch.equal(saved[k], saved[k.replace("outer.f.", "outer.state.averaging.module.")]) for k in means)
+
+
 def test_parts_that_couple_the_batch_are_refused_on_two_processes(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(RUN.replace("inner: [", "inner: [mixup, "))
