@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, NonNegative, Stage, View, Views
+from robustlab.types import Classifier, NonNegative, Stage, UserError, View, Views
 
 
 @register("mixup", cite="Zhang, Cisse, Dauphin, Lopez-Paz, ICLR 2018, arXiv:1710.09412")
@@ -38,6 +38,7 @@ class Mixup(Stage):
     """
 
     coupled = True
+    mixes = True
 
     alpha: NonNegative = 1.0
     scope: Literal["batch", "sample"] = "batch"
@@ -59,7 +60,15 @@ class Mixup(Stage):
 
 
 def mixed(view: View, lam: Tensor, partner: Tensor) -> View:
-    """Mix every sample with its partner: images, targets and loss weights; ``lam`` (N,) is the share of the first."""
+    """Mix every sample with its partner: images, targets and loss weights; ``lam`` (N,) is the share of the first.
+
+    Raises:
+        UserError: the view carries taps, which belong to its own rows.
+    """
+    if view.taps:
+        raise UserError(
+            "a view with perturbed or mixed layers (slat, manifold-mixup) cannot be mixed: they belong to its rows; mix before"
+        )
 
     def mix(a: Tensor) -> Tensor:
         share = lam.to(a.dtype).view(-1, *[1] * (a.ndim - 1))
