@@ -295,6 +295,7 @@ class Stage(Part):
     kind: ClassVar[str] = "stage"
     coupled: ClassVar[bool] = False
     mixes: ClassVar[bool] = False  # a row of the new view is no longer the sample of that row
+    taps: ClassVar[bool] = False  # the new view has perturbed or mixed layers
 
     def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
         raise NotImplementedError
@@ -387,10 +388,14 @@ class Trainer(Part):
 
     def __post_init__(self) -> None:
         rows: dict[str, object] = {"clean": None}  # which samples the rows of each view are: the stage that last mixed them
+        tapped: set[str] = set()  # views whose layers are perturbed or mixed: their rows are tied to their places
         for i, stage in enumerate(self.inner):
             on, to = getattr(stage, "on", "clean"), getattr(stage, "to", "clean")
             self._check(f"inner.{i}.on", on, set(rows))
+            if on in tapped and (stage.mixes or hasattr(stage, "attack")):
+                raise ValueError(f"inner.{i}: {stage.name} cannot work on the view '{on}', which has perturbed or mixed layers")
             rows[to] = i if stage.mixes else rows.get(on)
+            tapped = tapped | {to} if stage.taps or on in tapped else tapped - {to}
         views = set(rows)
         for where, part in [("objective", self.objective), *((f"regularizers.{i}", r) for i, r in enumerate(self.regularizers))]:
             for name in ("on", "clean", "adv"):
@@ -405,6 +410,8 @@ class Trainer(Part):
         self._check("bn_updates", self.bn_updates, views)
         for group in self.joint:
             self._check("joint", group, views)
+            if len(group) > 1 and tapped.intersection(group):
+                raise ValueError(f"joint: {', '.join(group)} cannot share a pass: one has perturbed or mixed layers")
 
     def _check(self, where: str, wanted: str | tuple[str, ...], views: set[str]) -> None:
         for name in (wanted,) if isinstance(wanted, str) else wanted:

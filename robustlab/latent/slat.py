@@ -47,6 +47,8 @@ class SLAT(Stage):
         norm, eps: the threat model for the image; None takes the surrounding one.
     """
 
+    taps = True
+
     on: str = "clean"
     to: str = "adv"
     sites: tuple[str, ...] = ()
