@@ -262,16 +262,91 @@ def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with 
 def add(
     records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some.")],
     folder: Annotated[Path, typer.Option("--board", help="The board to add to.")],
+    claimed: Annotated[
+        str | None,
+        typer.Option(metavar="LINK", help="The model's authors say so, there; not measured here. Also for model_info files."),
+    ] = None,
+    external: Annotated[
+        str | None, typer.Option(metavar="LINK", help="Others measured it, there. Also for RobustBench's model_info files.")
+    ] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Of a model_info file outside of a folder Linf, L2 or corruptions: linf or l2.")
+    ] = None,
 ) -> None:
     """Copy records, with their ledgers, into a board; then `leaderboard build`."""
     from robustlab.report import console
     from robustlab.results import leaderboard
 
-    files = [found for path in records for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if claimed is not None and external is not None:
+        raise UserError("leaderboard add: give --claimed or --external, not both")
+    kind = "claimed" if claimed is not None else "external" if external is not None else "ours"
+    pattern = "record.json" if kind == "ours" else "*.json"
+    files = [found for path in records for found in (sorted(path.rglob(pattern)) if path.is_dir() else [path])]
     if not files:
-        raise UserError(f"{records[0]}: holds no record.json")
+        raise UserError(f"{records[0]}: holds no {pattern}")
     for path in files:
-        console.out.print(f"added {leaderboard.add(folder, path)}", markup=False)
+        added = leaderboard.add(folder, path, kind=kind, link=claimed or external, norm=norm)  # type: ignore[arg-type]
+        console.out.print(f"added {added}", markup=False)
+
+
+@board.command("diff")
+def diff_boards(
+    old: Annotated[Path, typer.Argument(help="A board.")],
+    new: Annotated[Path, typer.Argument(help="Another version of it, or a record that may be added.")],
+) -> None:
+    """Say what a new entry, or a new version of a board, changes. Writes nothing."""
+    from robustlab.report import console
+    from robustlab.results.changes import changes
+
+    found, heading = changes(old, new), None
+    for change in found:
+        if change.section != heading:
+            heading = change.section
+            console.out.print(heading, markup=False, style="bold")
+        console.out.print(f"  {change}", markup=False)
+    if not found:
+        console.out.print("no change", markup=False)
+
+
+@board.command("verify")
+def verify_board(
+    folders: Annotated[list[Path], typer.Argument(help="Boards.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Fail also where a checkpoint or configuration is not at hand.")] = False,
+) -> None:
+    """Derive every number of a board from its ledgers again and compare all hashes. Exit code 1 where something differs."""
+    from robustlab.evaluation.rederive import rederive
+    from robustlab.report import console
+    from robustlab.results.verify import verify
+
+    failed = False
+    for folder in folders:
+        derived, found = verify(folder, lambda path: rederive(path).to_dict())
+        bad = [f for f in found if f.wrong or (strict and "nothing to derive" not in f.text)]
+        for finding in bad:
+            console.err.print(f"WRONG {folder / finding.entry}: {finding.text}", markup=False)
+        for text in dict.fromkeys(f.text for f in found if f not in bad):
+            console.out.print(f"note: {text}", markup=False, style="dim")
+        console.out.print(f"{folder}: {derived} {'entry' if derived == 1 else 'entries'} derived again", markup=False)
+        failed |= bool(bad)
+    if failed:
+        raise typer.Exit(1)
+
+
+@board.command("export")
+def export_board(
+    folder: Annotated[Path, typer.Argument(help="The board.")],
+    out: Annotated[Path, typer.Option(help="Folder to write model_info/<data>/<norm>/<model>.json into.")],
+    about: Annotated[
+        Path | None,
+        typer.Option(help="YAML: for each model what a record does not know: name authors link venue additional_data ..."),
+    ] = None,
+) -> None:
+    """Write the first table of a board as RobustBench's model_info files."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    for path in commands.export_board(folder, out, about):
+        console.out.print(f"wrote {path}", markup=False, style="dim")
 
 
 # -------------------------------------------------------------------------------------------------------- information

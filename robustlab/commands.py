@@ -100,7 +100,7 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
 
 
 def export_meta(
-    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None
+    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None, config_hash: str | None
 ) -> dict[str, Any]:
     """The metadata block of a checkpoint."""
     return {
@@ -113,6 +113,7 @@ def export_meta(
         "fidelity": trainer.fidelity,
         "config": dump(config),
         "config_path": config_path,
+        "config_hash": config_hash,
         "metrics": dict(metrics),
         "epoch": metrics.get("epoch"),
     }
@@ -177,6 +178,7 @@ def train(
         torch.set_num_threads(config.training.threads)
     device = distributed.local_device(torch_device(config.training.device))
     config, splits, f = prepare(config)
+    digest = sha256(config_path) if config_path is not None and Path(config_path).is_file() else None
     state = out / "state.safetensors"
     if resume and state.exists():
         check_same(config, read_state_meta(state)["config"], state)
@@ -186,7 +188,7 @@ def train(
     trainer = complete_trainer(config)
 
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
-        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path))
+        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path, digest))
 
     hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
     with distributed.joined(device) as world, contextlib.ExitStack() as stack:
@@ -436,6 +438,7 @@ def evaluate_one(
             data={"name": part.name, "split": "test"},
             command=command_line(),
             config=(meta or {}).get("config_path"),
+            config_hash=(meta or {}).get("config_hash"),
             commit=commit(),
         )
         path = folder / (SHARD_RECORD if shard else "record.json")
@@ -483,7 +486,13 @@ def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
     known = first.model.model_dump(exclude={"hash"})
     data = {"name": first.data.name, "split": first.data.split}
     record = record_from(
-        result, model=known, data=data, command=command_line(), config=first.provenance.config, commit=first.provenance.commit
+        result,
+        model=known,
+        data=data,
+        command=command_line(),
+        config=first.provenance.config,
+        config_hash=first.provenance.config_hash,
+        commit=first.provenance.commit,
     )
     return record, write_record(folder / "record.json", record)
 
@@ -551,12 +560,42 @@ def build_board(folder: Path) -> list[Path]:
     """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
     from robustlab.report.figures import accuracy_curve
     from robustlab.results import leaderboard
-    from robustlab.results.record import read_record
+    from robustlab.results.record import Record
 
     written: list[Path] = []
-    records = [read_record(p).model_dump(mode="json") for p in sorted((folder / "entries").glob("*.json"))]
+    records = [r.model_dump(mode="json") for _, r in leaderboard.entries(folder) if isinstance(r, Record)]
     swept = [r for r in records if len(r["metrics"]["threats"]) > 1]
     if swept:
         first = swept[0]["suite"]["name"]
         written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
     return [*leaderboard.build(folder), *written]
+
+
+def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Path]:
+    """Write the records of a board's first table, and its claims, in RobustBench's layout.
+
+    Args:
+        folder: the board.
+        out: gets ``model_info/<data>/<Linf|L2|corruptions>/<model>.json``.
+        about: YAML, model to what a record does not know (``name authors link venue additional_data footnote ...``).
+
+    Raises:
+        UserError: a bad board; a record that RobustBench has no place for; ``about`` names no model of the board.
+    """
+    from robustlab.files import write_json
+    from robustlab.results import leaderboard
+    from robustlab.results.claim import card_folder, card_from
+    from robustlab.results.record import read_record
+
+    found = [s for s in leaderboard.sections(folder) if s.series is None]
+    told = parse(about.read_text(encoding="utf-8"), str(about)).plain() if about is not None else {}
+    rows = [row for row in found[0].rows if row.provenance == "ours"] if found else []
+    if not isinstance(told, dict) or (unknown := [name for name in told if name not in [row.model for row in rows]]):
+        raise UserError(f"{about}: {unknown[0] if isinstance(told, dict) else 'not a mapping'}: not a model of {folder}")
+    written = []
+    for row in rows:
+        record = read_record(folder / row.entry)
+        path = out / "model_info" / card_folder(record) / f"{row.model.replace('/', '-').replace(':', '-')}.json"
+        write_json(path, card_from(record, told.get(row.model)).dump())
+        written.append(path)
+    return written

@@ -103,7 +103,7 @@ def test_sorted_by_robust_accuracy_with_shared_ranks(tmp_path):
     low, high = wilson(92, 128)
     assert (float(found[0]["low"]), float(found[0]["high"])) == (low, high)
     text = (tmp_path / "index.md").read_text()
-    assert f"| 1 | trades | trades | paper-verified | 93.75 | 71.88 | {100 * low:.2f} - {100 * high:.2f} | 128 | 0.1 |" in text
+    assert f"| 1 | trades | 93.75 | 71.88 | {100 * low:.2f} - {100 * high:.2f} | 128 | 0.1 | trades | paper-verified |" in text
     assert "[record](entries/2.json)" in text
 
 

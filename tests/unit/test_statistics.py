@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
-from scipy.stats import binom, binomtest
+from scipy.stats import binom, binomtest, ttest_1samp
 
-from robustlab.evaluation.statistics import clopper_pearson, wilson
+from robustlab.evaluation.statistics import clopper_pearson, images_needed, mcnemar, over_seeds, wilson
 
 CASES = [(0, 1), (1, 1), (0, 128), (128, 128), (1, 2), (90, 128), (4999, 10_000), (1, 50_000)]
 
@@ -51,3 +52,62 @@ def test_impossible_counts_are_refused(interval):
             interval(k, n)
     with pytest.raises(ValueError, match="level"):
         interval(1, 3, 1.0)
+
+
+@pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (3, 9), (50, 61), (600, 700)])
+def test_mcnemar_is_the_binomial_test(b, c):
+    first = [True] * 5 + [True] * b + [False] * c + [False] * 7
+    second = [True] * 5 + [False] * b + [True] * c + [False] * 7
+    found = mcnemar(first, second)
+    assert (found.first_only, found.second_only, found.both, found.neither) == (b, c, 5, 7)
+    assert found.p == pytest.approx(binomtest(b, b + c, 0.5).pvalue if b + c else 1.0, abs=1e-9)
+    assert found.difference == pytest.approx((c - b) / len(first))
+
+
+def test_mcnemar_needs_pairs():
+    with pytest.raises(ValueError, match="as many verdicts"):
+        mcnemar([True], [True, False])
+    with pytest.raises(ValueError, match="as many verdicts"):
+        mcnemar([], [])
+
+
+def test_mean_over_seeds_is_scipys():
+    values = [0.71, 0.74, 0.735, 0.70]
+    mean, interval = over_seeds(values)
+    theirs = ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert mean == pytest.approx(sum(values) / 4, abs=1e-15)
+    assert interval == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert over_seeds([0.7]) == (0.7, (-math.inf, math.inf))
+    with pytest.raises(ValueError, match="at least one"):
+        over_seeds([])
+
+
+@pytest.mark.parametrize("width", [0.2, 0.05, 0.01, 0.005])
+@pytest.mark.parametrize("accuracy", [0.5, 0.7, 0.25])
+def test_images_needed_is_the_smallest_number(width, accuracy):
+    """From brute force over Wilson's own interval, at numbers of images where accuracy * n is whole."""
+    n = images_needed(width, accuracy)
+
+    def half(m):
+        low, high = wilson(round(accuracy * m), m)
+        return (high - low) / 2
+
+    above, below = -(-n // 20) * 20, (n - 1) // 20 * 20
+    assert half(above) <= width + 1e-12
+    assert below == 0 or half(below) > width
+
+
+@pytest.mark.parametrize(("width", "accuracy"), [(0, 0.5), (0.5, 0.5), (0.1, 1.5)])
+def test_images_needed_refuses(width, accuracy):
+    with pytest.raises(ValueError, match="expected"):
+        images_needed(width, accuracy)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.75, 0.9])
+def test_wilson_covers_in_a_simulation(p):
+    """10,000 draws: the nominal 95 % interval covers the truth in 94 to 96.5 %."""
+    n = 500
+    ks = np.random.default_rng(0).binomial(n, p, 10_000)
+    covered = {k: wilson(k, n)[0] <= p <= wilson(k, n)[1] for k in map(int, np.unique(ks))}
+    share = np.mean([covered[int(k)] for k in ks])
+    assert 0.94 <= share <= 0.965
