@@ -83,6 +83,7 @@ def train(
     for label, metrics in (("best", outcome.best), ("last", outcome.metrics)):
         line = console.accuracies_text(metrics, attack)
         console.out.print(f"{label}  epoch {metrics['epoch']:>3}  {line}  {folder / label}.safetensors", markup=False)
+    console.out.print(console.gap_text(outcome.best, outcome.metrics, attack), markup=False)
     console.err.print(f"next: robustlab evaluate {folder / 'best.safetensors'}", markup=False)
 
 

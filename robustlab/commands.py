@@ -78,7 +78,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
     Returns:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
-    splits = config.data.load()
+    from robustlab.data.extra import with_extra
+
+    splits = with_extra(config.data, config.data.load())
     for split in ("train", "validation"):
         if len(getattr(splits, split)) == 0:
             raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
@@ -141,6 +143,22 @@ def probe(f: nn.Module, images: ImageSet, config: Config, num_classes: int, devi
     return out | ({"val_robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
 
 
+def watch(f: nn.Module, images: ImageSet, config: Config, num_classes: int, device: torch.device) -> float:
+    """Accuracy under PGD on the training images that the guard against catastrophic overfitting looks at."""
+    rule, threat = config.training.guards.overfitting, config.threat
+    assert rule is not None
+    attack = configuration.build("attack", "pgd", norm=threat.norm, eps=threat.eps, steps=rule.steps)
+    rng = Rng(config.seed).child("watch")
+    rows = rng.permutation(len(images))[: rule.num_examples]
+    callee, right = Precise(f, config.training.precision), 0
+    with frozen(f), bn_mode(f, "eval"):
+        for x, y, index in images.batches(rows.split(256), device):
+            x_adv, _ = attack.run(callee, x, one_hot(y, num_classes, x.dtype), rng.at(index))
+            with torch.no_grad():
+                right += int((callee(x_adv).argmax(-1) == y).sum())
+    return right / len(rows)
+
+
 def default_out(path: Path) -> Path:
     """``runs/<folder>/<name>`` of a configuration file."""
     return Path("runs") / path.resolve().parent.name / path.stem
@@ -190,7 +208,12 @@ def train(
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
         save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path, digest))
 
-    hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
+    hooks = Hooks(
+        lambda model: probe(model, splits.validation, config, splits.num_classes, device),
+        lambda model: watch(model, splits.train, config, splits.num_classes, device),
+        export,
+        progress,
+    )
     with distributed.joined(device) as world, contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(exclusive(out))
@@ -221,7 +244,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Returns:
         ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
     """
-    from robustlab.training.loop import Plan, complete_trainer, loader
+    from robustlab.training.loop import complete_trainer, loader, plan_of, samples
     from robustlab.training.step import check_shards, train_step
     from robustlab.types import Alone
 
@@ -232,9 +255,10 @@ def dry_run(config: Config) -> dict[str, Any]:
     t = config.training
     f = f.to(device)
     check_shards(config.trainer, t.accumulation)
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, Alone())
+    plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
-    outer = Outer(f, trainer, context_of(f, splits.num_classes, len(splits.train), splits.image_shape), t.precision).to(device)
+    ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, batch_size=plan.size)
+    outer = Outer(f, trainer, ctx, t.precision).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     rng = Rng(config.seed)
     batches = loader(splits, plan, rng, 0, device)
@@ -268,7 +292,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         "steps": plan.steps,
         "forwards": forwards / rows,
         "backwards": backwards / rows,
-        "seconds": warm[len(warm) // 2] * plan.steps * t.epochs,
+        "seconds": warm[len(warm) // 2] * plan.steps * trainer.replays * t.epochs,
         "device": str(device),
     }
 
@@ -319,7 +343,8 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
     if spec.get("name") == trained.get("name"):
         spec = {**trained, **spec}
-    spec.pop("augment", None)
+    for key in ("augment", "extra"):
+        spec.pop(key, None)
     return configuration.build("dataset", spec | ({"root": root} if root else {}))
 
 

@@ -48,6 +48,7 @@ class SLAT(Stage):
     """
 
     taps = True
+    crafts = True
 
     on: str = "clean"
     to: str = "adv"

@@ -2,7 +2,7 @@
 
     x~, y~ = mix_k(x, y),      k uniform over the methods
 
-The paper draws among mixup, CutMix, ResizeMix and FMix; FMix is not here.
+The paper draws among mixup, CutMix, ResizeMix and FMix; the last is not here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from robustlab.mixing.cutmix import CutMix
 from robustlab.mixing.mixup import Mixup
 from robustlab.mixing.resize_mix import ResizeMix
 from robustlab.registry import register
@@ -31,7 +32,7 @@ class RandomMix(Stage):
     coupled = True
     mixes = True
 
-    stages: tuple[Stage, ...] = (Mixup(), ResizeMix())
+    stages: tuple[Stage, ...] = (Mixup(), CutMix(), ResizeMix())
     on: str = "clean"
     to: str = "clean"
 

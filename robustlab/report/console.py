@@ -16,7 +16,8 @@ from robustlab.results.leaderboard import format_eps
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_NOT_TERMS = {"kind", "epoch", "step", "lr", "loss", "seconds", "images_per_second", "val_clean", "val_robust", "stopped"}
+_FIGURES = {"lr", "loss", "seconds", "images_per_second", "val_clean", "val_robust", "train_robust"}
+_NOT_TERMS = {"kind", "epoch", "step", "stopped", "rolled_back", *_FIGURES}
 
 
 class _Speed(ProgressColumn):
@@ -48,6 +49,13 @@ def terms_text(event: dict[str, Any]) -> str:
 def accuracies_text(event: dict[str, Any], attack: str) -> str:
     parts = [f"val clean {event['val_clean']:.1%}"] if "val_clean" in event else []
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
+
+
+def gap_text(best: dict[str, Any], last: dict[str, Any], attack: str) -> str:
+    """Robust overfitting in one line: what the last epoch has lost against the best one, by the probe."""
+    name = "val_robust" if "val_robust" in last else "val_clean"
+    lost = 100 * (best[name] - last[name])
+    return f"robust overfitting: last is {lost:.1f} points under best ({attack if name == 'val_robust' else 'val clean'})"
 
 
 class _Screen:
@@ -116,6 +124,8 @@ class TrainingScreen(_Screen):
             err.print(f"{line}  {event['images_per_second']:.0f} img/s  eta {duration(left)}", markup=False)
         elif accuracies:
             self._bar.console.print(line, markup=False)
+        if "rolled_back" in event:
+            (self._bar.console if self._bar else err).print(f"rolled back: {event['rolled_back']}", markup=False)
 
 
 class EvaluationScreen(_Screen):

@@ -50,8 +50,8 @@ def quick(name, **fields):
     return rebuild(trainer(name, **fields), lambda field, v: min(v, 2) if field == "steps" else v)
 
 
-def outer_of(f, method, precision="fp32"):
-    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE), precision)
+def outer_of(f, method, precision="fp32", batch_size=None):
+    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE, batch_size=batch_size), precision)
 
 
 def sgd(outer, lr=0.05):
@@ -60,7 +60,7 @@ def sgd(outer, lr=0.05):
 
 def steps(f, method, count=2, n=8, shards=1, precision="fp32", clip_grad=None, seed=5):
     """Train ``f`` for some steps; returns the outer module and the terms of the last step."""
-    outer = outer_of(f, method, precision)
+    outer = outer_of(f, method, precision, batch_size=n)
     optimizer, terms = sgd(outer), {}
     dtype = next(f.parameters()).dtype
     for s in range(count):

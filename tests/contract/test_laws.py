@@ -37,12 +37,12 @@ import robustlab
 from robustlab import commands, config
 from robustlab.models.checkpoint import load_model
 from robustlab.modes import perturbed
-from robustlab.outer import Forward, Outer, Precise
+from robustlab.outer import Forward, Outer, Precise, context_of
 from robustlab.registry import FOLDERS, entries
 from robustlab.rng import Rng
 from robustlab.training.loop import Plan, complete_trainer, loader
 from robustlab.training.step import check_shards, train_step
-from robustlab.types import Alone, Regularizer, Splits, Stage, Tap, Term, Threat, UserError, View, with_threat
+from robustlab.types import Alone, Objective, Regularizer, Splits, Stage, Tap, Term, Threat, UserError, View, with_threat
 
 # ------------------------------------------------------------------------------------------- law 5: keyed by tickets
 
@@ -186,11 +186,12 @@ def test_the_state_of_a_run_is_its_tensors_and_its_position(name, tmp_path):
     outer = Outer(f, run.trainer, commands.context_of(f, 10, 96, (1, 8, 8)))
     tensors = tensors_of(tmp_path / "state.safetensors")
     wanted = {f"outer.{k}" for k in outer.state_dict()}
-    wanted |= {f"optimizer.{i}.momentum_buffer" for i, _ in enumerate(outer.parameters())}
+    trained = [p for p in outer.parameters() if p.requires_grad]
+    wanted |= {f"optimizer.{i}.momentum_buffer" for i, _ in enumerate(trained)}
     assert set(tensors) == wanted
     with safe_open(tmp_path / "state.safetensors", "pt") as file:
         meta = json.loads(file.metadata()["robustlab"])
-    assert set(meta) == {"format", "version", "optimizer", "epoch", "best", "metrics", "metrics_bytes", "config"}
+    assert set(meta) == {"format", "version", "optimizer", "epoch", "best", "metrics", "metrics_bytes", "watched", "config"}
 
 
 # ------------------------------------------------------------------------------------------------ law 6: low precision
@@ -354,6 +355,19 @@ def behind(name, stage):
     return dataclasses.replace(method, inner=(stage, *method.inner))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Boosted(Objective):
+    """Boosted cross-entropy of the adversarial images; the clean pass is made for BatchNorm's sake."""
+
+    on = ("clean", "adv")
+
+    def __call__(self, forward, views):
+        forward("clean")
+        p, y = forward("adv").softmax(-1), views["adv"].y.bool()
+        margin = -(1.0001 - p.masked_fill(y, 0).amax(-1)).log()
+        return {"adv": Term(-(views["adv"].y * forward("adv").log_softmax(-1)).sum(-1)), "margin": Term(margin)}
+
+
 def objective_views(name):
     """The views whose passes renew statistics and that the objective alone looks at."""
     method = trainer(name)
@@ -419,9 +433,38 @@ IDENTITIES = {
         trainer("engm-approx", gradient={"refit": 1, "bound": 0.5}),
         trainer("engm", gradient={"bound": 0.5}),
     ),
+    "wt-awp, gamma 0 = pgd-at": lambda: (trainer("wt-awp", gradient={"gamma": 0.0}), trainer("pgd-at")),
+    "wt-awp, lam 1 on all layers = awp": lambda: (trainer("wt-awp", gradient={"lam": 1.0, "last": True}), trainer("awp")),
+    "trades-awp, gamma 0 = trades": lambda: (trainer("trades-awp", gradient={"gamma": 0.0}), trainer("trades")),
+    "mart-awp, gamma 0 = mart": lambda: (trainer("mart-awp", gradient={"gamma": 0.0}), trainer("mart")),
+    "rebuffi, alpha 0 = its attack alone": lambda: (
+        dataclasses.replace(trainer("rebuffi"), inner=(config.build("stage", "cutmix", alpha=0.0), trainer("rebuffi").inner[1])),
+        dataclasses.replace(trainer("rebuffi"), inner=(Pass(), trainer("rebuffi").inner[1])),
+    ),
     "awp, gamma 0 = pgd-at": lambda: (trainer("awp", gradient={"name": "awp", "gamma": 0.0}), trainer("pgd-at")),
     "trades, beta 0 = standard": lambda: (
         trainer("trades", objective={"name": "trades", "beta": 0.0}, bn_updates=["clean"]),
+        trainer("standard"),
+    ),
+    "mart, beta 0 = its cross-entropy alone": lambda: (
+        trainer("mart", objective={"name": "mart", "beta": 0.0}),
+        dataclasses.replace(trainer("mart"), objective=Boosted()),
+    ),
+    "backward-smoothing, beta 0 = standard": lambda: (
+        trainer("backward-smoothing", objective={"name": "trades", "beta": 0.0}, bn_updates=["clean"]),
+        trainer("standard"),
+    ),
+    "gradalign, lam 0 = fast-at from x": lambda: (
+        trainer("gradalign", regularizers=[{"name": "gradient-alignment", "lam": 0.0, "reuse": True}]),
+        trainer("fast-at", inner=[{"name": "craft", "attack": {"name": "pgd", "steps": 1, "rel_step": 1.25, "start": "zero"}}]),
+    ),
+    "n-fgsm without noise = training on fgsm": lambda: (
+        trainer("n-fgsm", inner=[{"name": "n-fgsm", "noise": 0.0}]),
+        trainer("fast-at", inner=[{"name": "craft", "attack": "fgsm"}]),
+    ),
+    "rice-at = pgd-at": lambda: (trainer("rice-at"), trainer("pgd-at")),
+    "free-at, eps 0 = standard": lambda: (
+        trainer("free-at", inner=[{"name": "free", "eps": 0.0}]),
         trainer("standard"),
     ),
     "pgd-at, eps 0 = standard": lambda: (
@@ -442,8 +485,10 @@ for _name in TRAINERS:
     }
     if trainer(_name).inner:
         IDENTITIES[f"{_name}: logit variation, lam 0"] = lambda name=_name: (
-            trainer(name, regularizers=[{"name": "logit-variation", "lam": 0.0}], bn_updates=objective_views(name)),
-            trainer(name, regularizers=[], bn_updates=objective_views(name)),
+            dataclasses.replace(
+                trainer(name), regularizers=(*trainer(name).regularizers, config.build("regularizer", "logit-variation", lam=0.0))
+            ),
+            trainer(name),
         )
 
 
@@ -519,9 +564,12 @@ def test_parts_that_do_not_say_coupled_are_not(kind, cls):
     halves = [View(x=view.x[s], y=view.y[s], key=view.key[s], index=view.index[s]) for s in (slice(4), slice(4, 8))]
     rng = Rng(1).split(1)[0]
     if kind == "stage":
+        memory = (part.init_state(context_of(f, CLASSES, 64, (1, 8, 8))),) if hasattr(part, "init_state") else ()
+        for buffer in [b for m in memory for b in m.buffers()]:
+            buffer.uniform_(-0.1, 0.1)
 
         def result(v):
-            out = part(Precise(f), {"clean": v, "adv": v}, rng)[part.to if hasattr(part, "to") else "clean"]
+            out = part(Precise(f), {"clean": v, "adv": v}, rng, *memory)[part.to if hasattr(part, "to") else "clean"]
             return torch.cat([out.x.flatten(1), out.y], 1).detach()
 
         whole, parts = result(view), torch.cat([result(v) for v in halves])

@@ -154,6 +154,13 @@ def test_one_process_and_two_agree(two, name, parts):
     assert moved > 1e-3
 
 
+@pytest.mark.parametrize("name", sorted(COUPLED))
+def test_trainers_that_couple_the_batch_move_on_two_processes(two, name):
+    start, _ = train_start()
+    moved = max(float((two[0][0][f"{name}.1.{STEPS - 1}.{k}"] - start[k]).abs().max()) for k in start)
+    assert moved > 1e-3
+
+
 def train_start():
     torch.manual_seed(0)
     f = config.build("model", "small_cnn", width=8, norm="none", num_classes=10, in_channels=1).build().double()
@@ -162,14 +169,19 @@ def train_start():
 
 @pytest.mark.parametrize(("name", "parts"), CASES)
 def test_gradients_are_synchronised_once_a_step(two, name, parts):
-    """However many micro-batches there are; a weight perturbation that all processes share costs one more."""
+    """However many micro-batches there are; a shared weight perturbation costs one more, a carried one of images a gather."""
     method = config.build("trainer", name)
-    messages = 2 if method.gradient.name == "awp" else 1
+    messages = {"all_reduce of gradients": 2 if method.gradient.name in ("awp", "wt-awp") else 1}
+    if name == "free-at":  # places and perturbations
+        messages |= {"all_gather of numbers": 1, "all_gather of gradients": 1}
     for _, counts in two:
         gradients = [{k: n for k, n in step.items() if "gradients" in k} for step in counts[f"{name}.{parts}"]]
-        numbers = [sum(n for k, n in step.items() if "numbers" in k) for step in counts[f"{name}.{parts}"]]
-        assert gradients == [{"all_reduce of gradients": messages}] * STEPS
-        assert numbers == ([1, 0, 0] if method.gradient.name == "engm-approx" else [0] * STEPS)  # a fit is made together
+        numbers = [{k: n for k, n in step.items() if "numbers" in k} for step in counts[f"{name}.{parts}"]]
+        assert gradients == [{k: n for k, n in messages.items() if "gradients" in k}] * STEPS
+        if method.gradient.name == "engm-approx":  # a fit is made together
+            assert [sum(n.values()) for n in numbers] == [1, 0, 0]
+        else:
+            assert numbers == [{k: n for k, n in messages.items() if "numbers" in k}] * STEPS
 
 
 def test_batchnorm_statistics_differ_until_they_are_averaged(two):

@@ -12,15 +12,24 @@ seen = set()
 
 
 def mixed(x, y, draws, stage):
-    """mixup or ResizeMix, by the draws of the stage's place."""
+    """mixup, CutMix or ResizeMix, by the draws of the stage's place."""
     source, n = draws.child("inner", stage), torch.tensor([draws.number])
-    which = int(source.child("which").at(n).integers((), 2))
+    which = int(source.child("which").at(n).integers((), 3))
     seen.add(which)
     source = source.child("stage", which)
     j = source.child("partner").permutation(len(x))
     if which == 0:
         lam = float(source.child("lam").at(n).beta((), 1.0, 1.0))
         return lam * x + (1 - lam) * x[j], lam * y + (1 - lam) * y[j]
+    if which == 1:
+        cut = (1 - float(source.child("lam").at(n).beta((), 1.0, 1.0))) ** 0.5
+        out, half, kept = x.clone(), int(6 * cut) // 2, 36
+        centre = source.child("centre").at(n).integers((2,), torch.tensor([6, 6]))[0].tolist()
+        for a in range(max(0, centre[0] - half), min(6, centre[0] + half)):
+            for b in range(max(0, centre[1] - half), min(6, centre[1] + half)):
+                out[:, :, a, b] = x[j][:, :, a, b]
+                kept -= 1
+        return out, kept / 36 * y + (1 - kept / 36) * y[j]
     tau = float(source.at(n).child("tau").uniform((), 0.1, 0.8))
     side = int(tau * 6)
     if side == 0:
@@ -49,5 +58,5 @@ def step(w, stats, velocity, x, label, draws, number):
 
 
 def test_augrmixat_is_the_composition():
-    follow("augrmixat", {}, step)
-    assert seen == {0, 1}
+    follow("augrmixat", {}, step, count=5)
+    assert seen == {0, 1, 2}
