@@ -28,6 +28,11 @@ def reasons():
     return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
 
 
+def crafting():
+    """The stages that stand in the place of an attack."""
+    return [n for n, c in entries("stage").items() if c.crafts and n != "craft"]
+
+
 def choices():
     """What may be drawn on each axis: (name, where it stands)."""
     # before the attack is the usual place, and drawn twice as often
@@ -37,7 +42,7 @@ def choices():
         "gradient": [n for n in entries("gradient") if n != "plain"],
         "averaging": list(entries("averaging")),
         "regularizer": list(entries("regularizer")),
-        "attack": [*(n for n in entries("attack") if n not in OUTSIDE), "slat"],
+        "attack": [*(n for n in entries("attack") if n not in OUTSIDE), *crafting()],
         "mixer": [(n, where) for n, places in mixers.items() for where in places],
         "labels": ["label-smoothing", "cutout", "flip-crop"],
     }
@@ -56,8 +61,10 @@ def build(parts):
     """The trainer with these parts in place of those of PGD training, and the threat model that the attack knows."""
     inner, norm = [{"name": "craft", "attack": "pgd"}], "linf"
     if attack := parts.get("attack"):
-        inner = [{"name": "craft", "attack": attack} if attack != "slat" else {"name": "slat", "sites": ["stem"]}]
-        norm = entries("attack")[attack].norms[0] if attack != "slat" else "linf"
+        if attack in crafting():
+            inner = [{"name": attack, **({"sites": ["stem"]} if attack == "slat" else {})}]
+        else:
+            inner, norm = [{"name": "craft", "attack": attack}], entries("attack")[attack].norms[0]
     if "mixer" in parts:
         name, where = parts["mixer"]
         view = "clean" if where == "before" else "adv"
