@@ -539,7 +539,7 @@ def inside(kind, part):
     """A trainer that holds the part."""
     base = trainer("pgd-at")
     if kind == "stage":
-        return dataclasses.replace(base, inner=(part, *base.inner))
+        return dataclasses.replace(base, inner=(*base.inner, part) if part.taps else (part, *base.inner))
     if kind == "attack":
         return dataclasses.replace(base, inner=(dataclasses.replace(base.inner[0], attack=part),))
     return dataclasses.replace(base, **{kind: part} if kind == "objective" else {"regularizers": (part,)})
