@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,20 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
+from robustlab.types import (
+    Alone,
+    BoundSuite,
+    Dataset,
+    ImageSet,
+    Model,
+    Splits,
+    Suite,
+    Threat,
+    Trainer,
+    UserError,
+    World,
+    one_hot,
+)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -367,6 +381,15 @@ def load_pair(
     return f, meta, part, splits
 
 
+def side_by_side() -> contextlib.AbstractContextManager[World]:
+    """The processes of this run; see ``training.distributed``."""
+    if "WORLD_SIZE" not in os.environ:
+        return contextlib.nullcontext(Alone())
+    from robustlab.training import distributed
+
+    return distributed.side_by_side()
+
+
 def evaluate_one(
     spec: str,
     suites: Sequence[Suite],
@@ -385,7 +408,10 @@ def evaluate_one(
     reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
 
@@ -397,19 +423,29 @@ def evaluate_one(
         seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
             ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
+        audit, audit_bound: as there, for the suites that have audits; at least one has to.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
+        world: several processes share the batches: each does one shard, the first puts them together. ``out`` is a folder that all
+            of them see. Of ``save_adversarial`` each writes its own file, ``NAME-i-of-n``.
 
     Returns:
-        (record, its path) for each suite, in order.
+        (record, its path) for each suite, in order; nothing in processes other than the first.
 
     Raises:
         UserError: anything that does not fit, before the first pass.
     """
+    from robustlab.evaluation import shards
     from robustlab.evaluation.runner import evaluate, threats_of
     from robustlab.results.record import record_from, write_record
 
-    where = torch_device(device)
+    where, world = torch_device(device), world or Alone()
+    if several := world.size > 1:
+        from robustlab.training.distributed import local_device
+
+        if shard is not None:
+            raise UserError(f"--shard {shard[0]}/{shard[1]}: {world.size} processes share out the batches themselves")
+        where, shard = local_device(where), (world.rank + 1, world.size)
     f, meta, part, splits = load_pair(spec, data, data_root, where)
     known = (meta or {}).get("config", {})
     if not suites:
@@ -418,6 +454,9 @@ def evaluate_one(
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
     if save_adversarial is not None and len(suites) > 1:
         raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
+    asked = {"audit": audit, "audit_bound": audit_bound}
+    if asked != dict.fromkeys(asked) and not any(isinstance(s, BoundSuite) for s in suites):
+        raise UserError(f"--audit: {', '.join(s.name for s in suites)}: nothing is spared any attack here, so nothing to audit")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -434,11 +473,17 @@ def evaluate_one(
         "architecture": (meta or {}).get("model", {}).get("name"),
         "parameters": sum(p.numel() for p in f.parameters()),
     }
+    n = len(splits.test)
     out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
     for suite in suites:
         threats = threats_of(suite, threat)
         single = f"-{threats[0].norm}-{threats[0].eps:.6g}" if len(threats) == 1 else ""
-        folder = out_model / f"{suite.name}{single}" / (f"shard-{shard[0]}-of-{shard[1]}" if shard else "")
+        whole = out_model / f"{suite.name}{single}"
+        folder = whole / shards.folder_of(shard) if shard else whole
+        if several:
+            shards.check_enough(world.size, min(num_examples or suite.num_examples or n, n), batch_size)
+            shards.check_place(whole, world.size, resume=resume)
+            world.gather(torch.zeros(1))  # nobody begins before all have looked
         shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
         result = evaluate(
             f,
@@ -454,8 +499,9 @@ def evaluate_one(
             resume=resume,
             reliability=reliability and shard is None,  # a merge would drop it
             shard=shard,
-            save_adversarial=save_adversarial,
+            save_adversarial=save_adversarial if not several else _own_file(save_adversarial, shard),
             progress=shown,
+            **(asked if isinstance(suite, BoundSuite) else {}),  # type: ignore[arg-type]
         )
         record = record_from(
             result,
@@ -469,19 +515,39 @@ def evaluate_one(
         path = folder / (SHARD_RECORD if shard else "record.json")
         if not (path.exists() and _same_but_time(path, record)):
             write_record(path, record)
+        if several:
+            world.gather(torch.zeros(1))  # all are done
+            if world.rank > 0:
+                continue
+            own = [whole / shards.folder_of((i + 1, world.size)) for i in range(world.size)]
+            examine = functools.partial(shards.reliability, f, splits.test, device=where)
+            record, path = merge(own, again=resume, examine=examine if reliability else None)
         results.append((record, path))
     return results
+
+
+def _own_file(path: Path | None, shard: tuple[int, int] | None) -> Path | None:
+    """``adv.npz`` as ``adv-1-of-2.npz``."""
+    return path if path is None or shard is None else path.with_stem(f"{path.stem}-{shard[0]}-of-{shard[1]}")
 
 
 SHARD_RECORD = "shard.json"  # not record.json: a piece is no result, and boards collect results
 
 
-def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
+def merge(
+    ledgers: Sequence[Path],
+    out: Path | None = None,
+    *,
+    again: bool = False,
+    examine: Callable[[Any], dict[str, Any] | None] | None = None,
+) -> tuple[Any, Path]:
     """Put the ledgers of all shards of an evaluation together; writes the ledger and record that a single run writes.
 
     Args:
         ledgers: of the shards, or the folders that hold them.
         out: the folder to write to; None is the folder that the shards' folders lie in.
+        again: the folder may hold this very result already.
+        examine: makes the reliability report of a result.
 
     Returns:
         The record and its path.
@@ -504,10 +570,12 @@ def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
     if out is None and not all(path.parent.name.startswith("shard-") and path.parent.parent == folder for path in paths):
         raise UserError("merge: these shards do not lie in one folder: give --out")
     first = records[0]
-    ledger = shards.write(folder, header, entries)
+    ledger = shards.write(folder, header, entries, again=again)
     result = shards.result_of(
         header, entries, fingerprint=first.data.fingerprint, environment=first.environment, ledger=str(ledger)
     )
+    if examine is not None:
+        result = dataclasses.replace(result, reliability=examine(result))
     known = first.model.model_dump(exclude={"hash"})
     data = {"name": first.data.name, "split": first.data.split}
     record = record_from(
@@ -519,7 +587,10 @@ def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
         config_hash=first.provenance.config_hash,
         commit=first.provenance.commit,
     )
-    return record, write_record(folder / "record.json", record)
+    path = folder / "record.json"
+    if not (path.exists() and _same_but_time(path, record)):
+        write_record(path, record)
+    return record, path
 
 
 def rescore(
@@ -581,6 +652,30 @@ def _same_but_time(path: Path, record: Any) -> bool:
     return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics and kept
 
 
+def draw_cost(paths: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Draw robust accuracy against passes per image, from records or from the folders that hold them, to ``out`` .png and .svg.
+
+    Raises:
+        UserError: no record, or none with a curve, or several that do not belong in one figure.
+    """
+    from robustlab.report.figures import cost_curve
+    from robustlab.results.record import read_record
+
+    return cost_curve([read_record(p).model_dump(mode="json") for p in record_files(paths)], out)
+
+
+def record_files(paths: Sequence[Path]) -> list[Path]:
+    """The ``record.json`` files among these files and below these folders.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = [found for path in paths for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{paths[0]}: holds no record.json")
+    return files
+
+
 def build_board(folder: Path) -> list[Path]:
     """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
     from robustlab.report.figures import accuracy_curve
@@ -593,7 +688,32 @@ def build_board(folder: Path) -> list[Path]:
     if swept:
         first = swept[0]["suite"]["name"]
         written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
-    return [*leaderboard.build(folder), *written]
+    return [*leaderboard.build(folder), write_board_page(folder), *written]
+
+
+def write_board_page(folder: Path) -> Path:
+    """Write a board's ``index.html``."""
+    import dataclasses
+
+    from robustlab.files import atomic_write
+    from robustlab.report.board_page import board_page
+    from robustlab.results import leaderboard
+
+    found = leaderboard.sections(folder)
+    shown = [
+        {
+            "heading": s.heading,
+            "facts": s.facts,
+            "rows": [dataclasses.asdict(r) | {"links": leaderboard.link_pairs(r.links)} for r in s.rows],
+        }
+        for s in found
+        if s.series is None
+    ]
+    curve = folder / "curve.png"
+    told = dataclasses.asdict(leaderboard.read_board(folder))
+    text = board_page(told, shown, leaderboard.sweeps(found), curve if curve.exists() else None)
+    atomic_write(folder / "index.html", text)
+    return folder / "index.html"
 
 
 def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Path]:
@@ -624,3 +744,38 @@ def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Pat
         write_json(path, card_from(record, told.get(row.model)).dump())
         written.append(path)
     return written
+
+
+def push(run: Path, target: str, *, records: Sequence[Path] = (), private: bool = False) -> str:
+    """Share a run's best checkpoint, in timm's hub layout with a model card.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        target: ``hf:user/name``, or a local folder that gets the same files.
+        records: results to put on the card; those of other weights are refused. Empty: those found below the run's folder.
+        private: of a repository that is made.
+
+    Returns:
+        The repository's address, or the folder.
+
+    Raises:
+        UserError: no checkpoint, a record of another model, or the hub refuses.
+    """
+    import tempfile
+
+    from robustlab.models import hub
+    from robustlab.models.checkpoint import read_meta
+    from robustlab.report.card import model_card
+    from robustlab.results.record import read_record
+
+    checkpoint = run / "best.safetensors" if run.is_dir() else run
+    meta, digest = read_meta(checkpoint), sha256(checkpoint)
+    found = [read_record(path) for path in (records or sorted(checkpoint.parent.rglob("record.json")))]
+    if records and (other := [str(p) for p, r in zip(records, found, strict=True) if r.model.checkpoint != digest]):
+        raise UserError(f"{other[0]}: a result of other weights than {checkpoint}")
+    rows = [r.model_dump(mode="json") for r in found if r.model.checkpoint == digest]
+    if not target.startswith(hub.PREFIX):
+        return str(hub.write_folder(checkpoint, target, model_card(meta, rows, target)))
+    with tempfile.TemporaryDirectory() as folder:
+        hub.write_folder(checkpoint, folder, model_card(meta, rows, target))
+        return hub.upload(folder, target, private=private)

@@ -492,6 +492,24 @@ class Suite(Part):
     seed: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoundSuite(Suite):
+    """A suite that stands in for a dearer one: its robust accuracy is an upper bound on that of the dearer one.
+
+    Attributes:
+        exact: the name of the dearer suite.
+        leading: how many of the attacks every sample gets. The last of them reports ``info["nearness"]`` (N,): how far a survivor
+            is from being broken, in radii; not finite where that cannot be told.
+        near: survivors nearer than this, or where it is not finite, go on to the other attacks; the rest count as survivors.
+        audit: how many random survivors that did not get the exact suite's attacks get them in the end.
+    """
+
+    exact: str
+    leading: Count = 1
+    near: Positive = 0.25
+    audit: Whole = 0
+
+
 class ImageSet(Protocol):
     """Labelled images that can be visited in any order."""
 

@@ -20,6 +20,7 @@ from robustlab.results.record import Record
 from robustlab.types import UserError
 
 TOLERANCE = 1e-9
+LATER = ("curve", "spent")  # older records do not have them
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def differences(record: Record, told: Mapping[str, Any]) -> list[str]:
 def _first_difference(mine: Any, theirs: Any, where: str) -> str | None:
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         for key in [*mine, *(k for k in theirs if k not in mine)]:
+            if key in LATER and mine.get(key) is None:
+                continue
             if line := _first_difference(mine.get(key), theirs.get(key), f"{where}.{key}"):
                 return line
         return None

@@ -116,6 +116,10 @@ def interval(root):
     edit_record(root, "metrics", "threats", 0, "interval", value=[0.0, 1.0])
 
 
+def curve(root):
+    edit_record(root, "metrics", "threats", 0, "curve", 0, value=[0, 1.0])
+
+
 def images(root):
     entry, _ = files(root)
     raw = json.loads(entry.read_text())
@@ -219,6 +223,7 @@ TAMPERINGS = {
     number: "broken",
     robust_number: "metrics.robust.k",
     interval: "interval",
+    curve: "metrics.threats.0.curve.0.1: the record says 1.0, its ledger 0.9",
     images: "data.n: the record says 20, its ledger 10",
     radius: "threat.eps: the record says 0.03, its ledger 0.02",
     corruption: "corruptions.contrast.1",
@@ -248,6 +253,12 @@ def test_tampering_is_found(copy, tamper):
         leaderboard.build(copy / "board")  # the forger renders the tables again
     found = wrongs(copy)
     assert any(TAMPERINGS[tamper] in text for text in found), found
+
+
+def test_a_record_of_before_the_curve_verifies(copy):
+    edit_record(copy, "metrics", "threats", 0, "curve", value=None)
+    edit_record(copy, "metrics", "threats", 0, "per_attack", "fgsm", "spent", value=None)
+    assert wrongs(copy) == []
 
 
 def test_a_shard_or_a_broken_header_is_refused(copy):
