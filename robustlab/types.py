@@ -299,12 +299,15 @@ class Stage(Part):
 
     Attributes:
         crafts: True where it is the inner maximisation, so that another attack could stand in its place.
+        mixes: True where a row of the new view is no longer the sample of that row.
+        taps: True where the new view has perturbed or mixed layers.
     """
 
     kind: ClassVar[str] = "stage"
     crafts: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False  # a row of the new view is no longer the sample of that row
+    mixes: ClassVar[bool] = False
+    taps: ClassVar[bool] = False
 
     def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
         raise NotImplementedError
@@ -315,6 +318,7 @@ class Objective(Part):
 
     kind: ClassVar[str] = "objective"
     coupled: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True  # compares the views in its fields `clean` and `adv` row by row
     features: ClassVar[tuple[str, ...]] = ()  # views whose pre-logits are needed
     double_backward: ClassVar[bool] = False
 
@@ -402,16 +406,20 @@ class Trainer(Part):
 
     def __post_init__(self) -> None:
         rows: dict[str, object] = {"clean": None}  # which samples the rows of each view are: the stage that last mixed them
+        tapped: set[str] = set()  # views whose layers are perturbed or mixed: their rows are tied to their places
         for i, stage in enumerate(self.inner):
             on, to = getattr(stage, "on", "clean"), getattr(stage, "to", "clean")
             self._check(f"inner.{i}.on", on, set(rows))
+            if on in tapped and (stage.mixes or (stage.crafts and not stage.taps)):
+                raise ValueError(f"inner.{i}: {stage.name} cannot work on the view '{on}', which has perturbed or mixed layers")
             rows[to] = i if stage.mixes else rows.get(on)
+            tapped = tapped | {to} if stage.taps or on in tapped else tapped - {to}
         views = set(rows)
         for where, part in [("objective", self.objective), *((f"regularizers.{i}", r) for i, r in enumerate(self.regularizers))]:
             for name in ("on", "clean", "adv"):
                 self._check(f"{where}.{name}", getattr(part, name, ()), views)
             clean, adv = getattr(part, "clean", None), getattr(part, "adv", None)
-            if isinstance(clean, str) and isinstance(adv, str) and rows[clean] != rows[adv]:
+            if part.pairs and isinstance(clean, str) and isinstance(adv, str) and rows[clean] != rows[adv]:
                 raise ValueError(
                     f"{where}: {part.name} compares the views '{clean}' and '{adv}' row by row, but they were mixed apart; "
                     "mix before the attack, or name other views"
@@ -420,6 +428,8 @@ class Trainer(Part):
         self._check("bn_updates", self.bn_updates, views)
         for group in self.joint:
             self._check("joint", group, views)
+            if len(group) > 1 and tapped.intersection(group):
+                raise ValueError(f"joint: {', '.join(group)} cannot share a pass: one has perturbed or mixed layers")
 
     def _check(self, where: str, wanted: str | tuple[str, ...], views: set[str]) -> None:
         for name in (wanted,) if isinstance(wanted, str) else wanted:

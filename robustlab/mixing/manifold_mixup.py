@@ -43,6 +43,7 @@ class ManifoldMixup(Stage):
 
     coupled = True
     mixes = True
+    taps = True
 
     alpha: NonNegative = 2.0
     sites: tuple[str, ...] = ("input", "features")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, NonNegative, Stage, UserError, View, Views
+from robustlab.types import Classifier, NonNegative, Stage, View, Views
 
 
 @register("mixup", cite="Zhang, Cisse, Dauphin, Lopez-Paz, ICLR 2018, arXiv:1710.09412")
@@ -60,15 +60,7 @@ class Mixup(Stage):
 
 
 def mixed(view: View, lam: Tensor, partner: Tensor) -> View:
-    """Mix every sample with its partner: images, targets and loss weights; ``lam`` (N,) is the share of the first.
-
-    Raises:
-        UserError: the view carries taps, which belong to its own rows.
-    """
-    if view.taps:
-        raise UserError(
-            "a view with perturbed or mixed layers (slat, manifold-mixup) cannot be mixed: they belong to its rows; mix before"
-        )
+    """Mix every sample with its partner: images, targets and loss weights; ``lam`` (N,) is the share of the first."""
 
     def mix(a: Tensor) -> Tensor:
         share = lam.to(a.dtype).view(-1, *[1] * (a.ndim - 1))

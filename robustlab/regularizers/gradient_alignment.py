@@ -44,6 +44,9 @@ class GradientAlignment(Regularizer):
     norm: Norm | None = None
     eps: NonNegative | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pairs", self.reuse)
+
     def __call__(self, forward: Forward, views: Views) -> Terms:
         if self.norm is None or self.eps is None:
             raise UserError("gradient-alignment: no threat model; give norm and eps, for example norm: linf, eps: 8/255")

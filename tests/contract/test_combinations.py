@@ -28,16 +28,22 @@ def reasons():
     return re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
 
 
+def crafting():
+    """The stages that stand in the place of an attack."""
+    return [n for n, c in entries("stage").items() if c.crafts and n != "craft"]
+
+
 def choices():
     """What may be drawn on each axis: (name, where it stands)."""
-    mixers = [n for n, c in entries("stage").items() if c.mixes]
+    # before the attack is the usual place, and drawn twice as often
+    mixers = {n: ("after",) if c.taps else ("before", "before", "after") for n, c in entries("stage").items() if c.mixes}
     return {
         "objective": list(entries("objective")),
         "gradient": [n for n in entries("gradient") if n != "plain"],
         "averaging": list(entries("averaging")),
         "regularizer": list(entries("regularizer")),
-        "attack": [*(n for n in entries("attack") if n not in OUTSIDE), "slat"],
-        "mixer": [(n, where) for n in mixers for where in ("before", "after")],
+        "attack": [*(n for n in entries("attack") if n not in OUTSIDE), *crafting()],
+        "mixer": [(n, where) for n, places in mixers.items() for where in places],
         "labels": ["label-smoothing", "cutout", "flip-crop"],
     }
 
@@ -55,8 +61,10 @@ def build(parts):
     """The trainer with these parts in place of those of PGD training, and the threat model that the attack knows."""
     inner, norm = [{"name": "craft", "attack": "pgd"}], "linf"
     if attack := parts.get("attack"):
-        inner = [{"name": "craft", "attack": attack} if attack != "slat" else {"name": "slat", "sites": ["stem"]}]
-        norm = entries("attack")[attack].norms[0] if attack != "slat" else "linf"
+        if attack in crafting():
+            inner = [{"name": attack, **({"sites": ["stem"]} if attack == "slat" else {})}]
+        else:
+            inner, norm = [{"name": "craft", "attack": attack}], entries("attack")[attack].norms[0]
     if "mixer" in parts:
         name, where = parts["mixer"]
         view = "clean" if where == "before" else "adv"
@@ -97,7 +105,7 @@ def test_random_combinations_train_or_are_refused_for_a_listed_reason(seed):
 
 REFUSED = {
     "mixed apart": {"objective": "trades", "mixer": ("mixup", "after")},
-    "cannot be mixed": {"attack": "slat", "mixer": ("mixup", "after")},
+    "has perturbed or mixed layers": {"attack": "slat", "mixer": ("mixup", "after")},
 }
 
 
@@ -107,11 +115,14 @@ def test_what_the_readme_says_is_refused(reason):
     assert reason in outcome(REFUSED[reason])
 
 
+def test_an_attack_does_not_see_mixed_layers():
+    assert "has perturbed or mixed layers" in outcome({"mixer": ("manifold-mixup", "before")})
+
+
 def test_a_pass_is_not_shared_by_views_with_perturbed_layers():
     assert "cannot share a pass" in reasons()
-    method = dataclasses.replace(build({"attack": "slat", "objective": "trades"}), joint=(("clean", "adv"),))
     with pytest.raises(ValueError, match="cannot share a pass"):
-        steps(net(), method)
+        dataclasses.replace(build({"attack": "slat", "objective": "trades"}), joint=(("clean", "adv"),))
 
 
 def test_every_kind_of_part_is_drawn():

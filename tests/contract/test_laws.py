@@ -403,7 +403,19 @@ def fgsm_training():
     return with_threat(plain_of("slat", inner=(craft,)), THREAT)
 
 
+def augrmixat_without_mixing():
+    """Its three kinds of images as they are."""
+    method, still = trainer("augrmixat"), (config.build("stage", "mixup", alpha=0.0),)
+    views = ("clean", "aug", "adv")
+    return dataclasses.replace(
+        method, inner=tuple(dataclasses.replace(s, stages=still) if s.mixes else s for s in method.inner)
+    ), plain_of(
+        "augrmixat", inner=method.inner[:2], objective=config.build("objective", "cross-entropy", on=views), bn_updates=views
+    )
+
+
 IDENTITIES = {
+    "augrmixat, alpha 0 = three kinds of images": augrmixat_without_mixing,
     "iat, alpha 0 = clean and adversarial": lambda: without_mixing("iat"),
     "manifold-iat, alpha 0 = clean and adversarial": lambda: without_mixing("manifold-iat"),
     "advlc, lam 0 = pgd-at from x": lambda: (
@@ -527,7 +539,7 @@ def inside(kind, part):
     """A trainer that holds the part."""
     base = trainer("pgd-at")
     if kind == "stage":
-        return dataclasses.replace(base, inner=(part, *base.inner))
+        return dataclasses.replace(base, inner=(*base.inner, part) if part.taps else (part, *base.inner))
     if kind == "attack":
         return dataclasses.replace(base, inner=(dataclasses.replace(base.inner[0], attack=part),))
     return dataclasses.replace(base, **{kind: part} if kind == "objective" else {"regularizers": (part,)})
@@ -539,7 +551,7 @@ def test_coupled_parts_refuse_shards(kind, cls):
     check_shards(method, 1)
     if not cls.coupled:
         return check_shards(method, 2)
-    with pytest.raises(UserError, match=f"{cls.name} couples the samples.*allow_shards"):
+    with pytest.raises(UserError, match=f"{cls.name}.* couples the samples.*allow_shards"):
         check_shards(method, 2)
     return check_shards(dataclasses.replace(method, allow_shards=True), 2)
 
