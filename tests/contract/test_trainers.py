@@ -21,16 +21,18 @@ from small import (
     norms,
     outer_of,
     quick,
+    run_config,
     snapshot,
     steps,
     trainer,
     updates,
 )
 
-from robustlab import cli, config
+from robustlab import cli, commands, config
 from robustlab.outer import Forward, Precise
 from robustlab.registry import entries
 from robustlab.rng import Rng
+from robustlab.training import loop
 from robustlab.training.step import train_step
 from robustlab.types import BnMode, Fidelity, UserError, with_threat
 
@@ -366,3 +368,26 @@ def test_a_view_that_no_stage_makes_is_refused_with_its_name():
         config.build("trainer", "standard", objective={"name": "cross-entropy", "on": ["adv"]})
     with pytest.raises(UserError, match=r"bn_updates.*'adv'"):
         config.build("trainer", "standard", bn_updates=["adv"])
+
+
+def test_replays_are_steps_on_one_batch_as_it_is(monkeypatch, tmp_path):
+    """Tickets and the micro-batch's number stay, so augmentation and dropout do too; the learning rate moves on."""
+    seen, augmented, true = [], [], loop.train_step
+
+    def recording(outer, micro, method, optimizer, rng, **more):
+        seen.append((micro[0]["clean"].key.tolist(), more["first"], optimizer.param_groups[0]["lr"]))
+        watched = dataclasses.replace(method, gradient=Watch(augmented, method.gradient))
+        return true(outer, micro, watched, optimizer, rng, **more)
+
+    monkeypatch.setattr(loop, "train_step", recording)
+    run = run_config(trainer("free-at", replays=3), epochs=2)
+    data = dataclasses.replace(run.data, augment=(config.build("stage", "flip-crop"),))
+    commands.train(dataclasses.replace(run, data=data), tmp_path / "run")
+    assert len(seen) == 2 * 3 * 3
+    images = [shards[0][0]["clean"].x for shards in augmented]
+    for i in range(0, len(seen), 3):
+        assert seen[i][:2] == seen[i + 1][:2] == seen[i + 2][:2]
+        assert torch.equal(images[i], images[i + 2])
+    assert len({tuple(key) for key, *_ in seen}) == 6
+    assert len({lr for *_, lr in seen}) == len(seen)
+    assert seen[1][2] == pytest.approx(run.optimizer.lr * run.schedule.at(1 / 9, 2))
