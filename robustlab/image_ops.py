@@ -125,19 +125,39 @@ def motion_kernel(angle: Tensor, radius: int, sigma: float, size: tuple[int, int
     return kernel.view(-1, 1, side, side)
 
 
-def zoomed(x: Tensor, factor: float) -> Tensor:
-    """Enlarge the middle of the images by ``factor`` >= 1, bilinearly, and cut to the size they had.
+def middle(size: Sequence[int], factor: float) -> list[int]:
+    """Height and width of the middle that ``enlarged`` by ``factor`` fills an image of ``size``: ceil(size / factor)."""
+    return [math.ceil(n / factor) for n in size]
 
-    Corners fall on corners (``scipy.ndimage.zoom``): the middle has ceil(size / factor) pixels, the result round(that * factor).
-    """
-    size = x.shape[-2:]
-    middle = [math.ceil(n / factor) for n in size]
-    larger = [max(round(m * factor), n) for m, n in zip(middle, size, strict=True)]
-    top, left = ((n - m) // 2 for n, m in zip(size, middle, strict=True))
-    x = x[..., top : top + middle[0], left : left + middle[1]]
+
+def enlarged(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
+    """Enlarge bilinearly to round(``factor`` times the size), corners on corners (``scipy.ndimage.zoom``), and cut to ``size``."""
+    larger = [max(round(m * factor), n) for m, n in zip(x.shape[-2:], size, strict=True)]
     x = F.interpolate(x, size=larger, mode="bilinear", align_corners=True)
     top, left = ((m - n) // 2 for n, m in zip(size, larger, strict=True))
     return x[..., top : top + size[0], left : left + size[1]]
+
+
+def zoomed(x: Tensor, factor: float) -> Tensor:
+    """Enlarge the middle of the images by ``factor`` >= 1; the size stays."""
+    size = x.shape[-2:]
+    inner = middle(size, factor)
+    top, left = ((n - m) // 2 for n, m in zip(size, inner, strict=True))
+    return enlarged(x[..., top : top + inner[0], left : left + inner[1]], factor, size)
+
+
+def sample(x: Tensor, rows: Tensor, columns: Tensor, border: Literal["mirror", "symmetric", "zero"]) -> Tensor:
+    """Bilinear values at positions (N, h, w) in pixels, where 0 is the centre of the first row or column."""
+    corners, grid = border == "mirror", []
+    for at, n in ((columns, x.shape[-1]), (rows, x.shape[-2])):
+        grid.append(at * (2 / max(n - 1, 1)) - 1 if corners else (2 * at + 1) / n - 1)
+    mode = "zeros" if border == "zero" else "reflection"
+    return F.grid_sample(x, torch.stack(grid, -1), mode="bilinear", padding_mode=mode, align_corners=corners)
+
+
+def luminance(x: Tensor) -> Tensor:
+    """Grey images (N, 1, H, W): 0.299 red + 0.587 green + 0.114 blue; of one channel, itself."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3] if x.shape[1] == 3 else x
 
 
 def filter2d(x: Tensor, kernel: Tensor, border: Border = "mirror") -> Tensor:
