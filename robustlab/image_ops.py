@@ -51,7 +51,7 @@ def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any,
         values = max(math.prod(x.shape[1:]), 1)
         step = max(1, (2**18 if x.device.type == "cpu" else 2**26) // values)
         if len(x) <= step:
-            return call(self, x, severity, rng)
+            return call(self, x, severity, rng) if len(x) else x.clone()
         parts = [slice(i, i + step) for i in range(0, len(x), step)]
         out = torch.empty_like(x)
         for rows in parts:

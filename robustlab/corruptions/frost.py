@@ -112,5 +112,5 @@ class Frost(Corruption):
         textures = procedural(shrink) if self.folder is None else photographs(self.folder, shrink)
         places = rng.child("crop", severity).uniform((3,)).tolist()
         crops = [crop(textures[int(t * len(textures))], size, at, self.folder is None) for t, *at in places]
-        f = torch.stack(crops).to(x.device) if crops else x
+        f = torch.stack(crops).to(x.device)
         return quantize(a * x + b * (f if x.shape[1] == 3 else luminance(f)))

@@ -9,7 +9,8 @@ equalised, embossed and averaged again, in 8 bits as in the authors' code.
 
 The tables are those of ``make_cifar_c.py`` and ``make_imagenet_c.py`` in github.com/hendrycks/robustness.
 
-Differences from the authors' code: an image without a drop stays as it is, theirs is undefined; draws are seeded for each image; results are not saved as JPEG.
+Differences from the authors' code: an image without a drop stays as it is, theirs is undefined; draws are seeded for each
+image; results are not saved as JPEG.
 """
 
 from __future__ import annotations
