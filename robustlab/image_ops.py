@@ -49,7 +49,7 @@ def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any,
     @wraps(call)
     def chunked(self: Any, x: Tensor, severity: int, rng: Rng) -> Tensor:
         values = max(math.prod(x.shape[1:]), 1)
-        step = max(1, (2**18 if x.device.type == "cpu" else 2**26) // values)
+        step = max(1, (2**19 if x.device.type == "cpu" else 2**26) // values)
         if len(x) <= step:
             return call(self, x, severity, rng) if len(x) else x.clone()
         parts = [slice(i, i + step) for i in range(0, len(x), step)]
@@ -63,7 +63,7 @@ def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any,
 
 def quantize(x: Tensor) -> Tensor:
     """Clip to [0, 1] and truncate to the levels 0/255 .. 255/255."""
-    return (x.clamp(0.0, 1.0) * 255 + LEVEL_SLACK).floor().clamp_max(255) / 255
+    return x.clamp(0.0, 1.0).mul_(255).add_(LEVEL_SLACK).floor_().div_(255)
 
 
 def mirrored(n: int, by: int, device: torch.device) -> Tensor:
@@ -76,13 +76,12 @@ def mirrored(n: int, by: int, device: torch.device) -> Tensor:
 def extend(x: Tensor, dim: int, by: int, border: Border) -> Tensor:
     """The images, longer by ``by`` pixels on both ends of one dimension (-2: rows, -1: columns)."""
     n = x.shape[dim]
-    if border == "mirror":
-        return x.index_select(dim, mirrored(n, by, x.device))
-    i = torch.arange(-by, n + by, device=x.device)
+    i = mirrored(n, by, x.device) if border == "mirror" else torch.arange(-by, n + by, device=x.device)
     if border == "symmetric":
         i = i.remainder(2 * n)
         i = torch.minimum(i, 2 * n - 1 - i)
-    return x.index_select(dim, i.clamp(0, n - 1))
+    i = i.clamp(0, n - 1)
+    return torch.cat([x.index_select(dim, i[:by]), x, x.index_select(dim, i[by + n :])], dim)
 
 
 def gaussian_blur(x: Tensor, sigma: float | tuple[float, float], truncate: float = 4.0, border: Border = "edge") -> Tensor:

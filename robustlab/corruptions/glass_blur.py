@@ -40,11 +40,13 @@ def sources(height: int, width: int, reach: int, rng: Rng, device: torch.device)
     dy = (((bits >> 16) & 0xFFFF) * (2 * reach) >> 16) - reach
     h, w = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
     moves = ((h > reach) & (h <= height - reach) & (w > reach) & (w <= width - reach)).flatten()
-    p = torch.arange(height * width, device=device)
-    to = torch.where(moves, p + dy * width + dx, p)
+    d = (dy * width + dx) * moves.int()
+    p = torch.arange(height * width, device=device, dtype=torch.int32)
+    to = (p + d).long()
     if reach == 1:  # all neighbours lie above or to the left, and are still old
         return to
-    link = torch.where(moves[to] & (to > p), to, p)
+    linked = (d > 0) & moves.index_select(0, to.flatten()).view_as(to)
+    link = (p + d * linked).long()
     for _ in range(6):
         link = link.gather(1, link)
     return to.gather(1, link)

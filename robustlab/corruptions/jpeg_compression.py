@@ -38,12 +38,18 @@ class JpegCompression(Corruption):
         from torchvision.io import decode_jpeg, encode_jpeg
 
         quality = at_severity(QUALITY[self.table], severity)
-        levels = (x * 255).round().to("cpu", torch.uint8)
-
-        def through(image: Tensor) -> Tensor:
-            return decode_jpeg(encode_jpeg(image, quality))
-
-        if len(levels) == 0:
+        if len(x) == 0:
             return x.clone()
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return torch.stack(list(pool.map(through, levels))).to(x.device, x.dtype).div_(255)
+        out = (x * 255).round_().to("cpu", torch.uint8)
+
+        def compress(images: Tensor) -> None:
+            for image in images:
+                image.copy_(decode_jpeg(encode_jpeg(image, quality)))
+
+        parts = out.tensor_split(min(torch.get_num_threads(), len(out)))
+        if len(parts) == 1:
+            compress(out)
+        else:
+            with ThreadPoolExecutor(len(parts)) as pool:
+                list(pool.map(compress, parts))
+        return out.to(x.device, x.dtype).div_(255)

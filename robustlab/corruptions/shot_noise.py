@@ -59,7 +59,7 @@ class ShotNoise(Corruption):
         b = columns.bit_length() - 1
         bits = rng.child("noise", severity).bits(x.shape[1:])
         column = (bits >> (32 - b)) & (columns - 1)
-        at = (x * 255).round().int() * columns + column
-        fraction = (bits & (2 ** (32 - b) - 1)).float() * 2.0 ** (b - 32)
-        k = torch.where(fraction < keep[at], column, alias[at])
-        return quantize(k / c)
+        at = ((x * 255).round_().int().mul_(columns) + column).flatten()
+        fraction = (bits & (2 ** (32 - b) - 1)).float().mul_(2.0 ** (b - 32))
+        kept = fraction < keep.index_select(0, at).view_as(x)
+        return quantize(torch.where(kept, column, alias.index_select(0, at).view_as(x)) / c)

@@ -78,7 +78,9 @@ def canny(levels: Tensor) -> Tensor:
     ridge = (size > LOW) & torch.where(flat, along_x, torch.where(steep, along_y, diagonal))
     edges = ridge & (size > HIGH)
     while True:
-        grown = (F.max_pool2d(edges[:, None].float(), 3, 1, 1)[:, 0] > 0) & ridge
+        p = F.pad(edges, (1, 1, 1, 1))
+        p = p[:, :-2] | p[:, 1:-1] | p[:, 2:]
+        grown = (p[..., :-2] | p[..., 1:-1] | p[..., 2:]) & ridge
         if torch.equal(grown, edges):
             return edges
         edges = grown
@@ -103,13 +105,13 @@ def distance(edges: Tensor) -> Tensor:
     at = torch.arange(h, device=edges.device, dtype=torch.float32)[:, None]
     above = torch.where(edges, at, -torch.inf).cummax(1).values
     below = torch.where(edges, at, torch.inf).flip(1).cummin(1).values.flip(1)
-    down = torch.minimum(at - above, below - at).clamp_max_(FAR).square_()
-    wide = F.pad(down, (FAR, FAR), value=float(FAR**2))
+    down = torch.minimum(at - above, below - at).clamp_max_(FAR).square_().short()
+    wide = F.pad(down, (FAR, FAR), value=FAR**2)
     best = down
     for k in range(1, FAR):
         nearer = torch.minimum(wide[..., FAR - k : FAR - k + w], wide[..., FAR + k : FAR + k + w])
-        best = torch.minimum(best, nearer + k * k)
-    return LENGTHS.to(best.device)[best.long()]
+        best = torch.minimum(best, nearer.add_(k * k))
+    return LENGTHS.to(best.device).index_select(0, best.int().flatten().clamp_max_(FAR**2)).view(edges.shape)
 
 
 def equalized(levels: Tensor) -> Tensor:

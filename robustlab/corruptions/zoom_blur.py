@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from robustlab.image_ops import at_severity, in_chunks, quantize, zoomed
@@ -38,7 +39,8 @@ class ZoomBlur(Corruption):
     @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         m, d = at_severity(FACTORS_STEP[self.table], severity)
+        x = x.contiguous(memory_format=torch.channels_last) if x.shape[1] > 1 else x  # interpolates faster
         total = 2 * x  # the image itself, and its zoom by 1
         for i in range(1, m):
             total += zoomed(x, 1 + i * d)
-        return quantize(total / (m + 1))
+        return quantize(total / (m + 1)).contiguous()
