@@ -268,6 +268,49 @@ def diff(
 
 
 @app.command()
+def compare(
+    configs: Annotated[list[Path], typer.Argument(help="YAML files; the first is what the others are tested against.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each: with the seed of its file and the following ones.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("comparison"),
+    suite: Annotated[str, typer.Option(help="What robust accuracy is measured with: a suite's name or YAML file.")] = "autoattack",
+    pgd: Annotated[str, typer.Option(help="A weaker suite, for the column beside it.")] = "pgd-50-10",
+    num_examples: Annotated[int | None, typer.Option("--num-examples", "-n", min=1, help="The first N test images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 128,
+    set_: Settings = None,
+    data_root: DataRoot = None,
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Train configurations at equal data, score them, and print one table: accuracies, intervals, paired tests, passes, seconds."""
+    from robustlab import comparing
+    from robustlab.report import comparison, console
+
+    settings = [*(set_ or []), *([f"data.root={json.dumps(str(data_root))}"] if data_root else [])]
+    with console.ComparisonScreen() as screen:
+        found = comparing.compare(
+            configs,
+            out=out,
+            seeds=seeds,
+            suite=suite,
+            pgd=pgd,
+            num_examples=num_examples,
+            batch_size=batch_size,
+            settings=settings,
+            data_root=str(data_root) if data_root else None,
+            resume=resume,
+            progress=screen,
+        )
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console.out.print(comparison.heading(found), markup=False, style="bold")
+    console.show_rows(comparison.columns(found), comparison.cells(found))
+    for note in comparison.notes(found):
+        console.out.print(note, markup=False)
+    console.out.print(f"  {out / 'compare.md'}", markup=False, style="dim")
+
+
+@app.command()
 def push(
     run: Annotated[Path, typer.Argument(help="The folder of a run, or a checkpoint.")],
     target: Annotated[str, typer.Argument(help="hf:user/name, or a local folder that gets the same files.")],

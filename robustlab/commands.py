@@ -280,19 +280,21 @@ def dry_run(config: Config) -> dict[str, Any]:
 
     def forward_hook(module: nn.Module, args: Any, out: Tensor) -> None:
         nonlocal forwards, backwards
-        forwards += len(out)
+        images = _images(out)
+        forwards += images
         if out.requires_grad:
 
             def count(grad: Tensor) -> None:
                 nonlocal backwards
-                backwards += len(grad)
+                backwards += images
 
             out.register_hook(count)
 
     times = []
     for step in range(min(4, plan.steps)):
         micro = [next(batches) for _ in range(t.accumulation)]
-        handle = f.register_forward_hook(forward_hook) if step == 0 else None
+        counted = step == min(1, plan.steps - 1)  # a first step may pay for more: a fit, for example
+        handle = f.register_forward_hook(forward_hook) if counted else None
         begun = time.perf_counter()
         train_step(outer, micro, trainer, optimizer, rng.child("step"), clip_grad=t.clip_grad)
         times.append(time.perf_counter() - begun)
@@ -309,6 +311,14 @@ def dry_run(config: Config) -> dict[str, Any]:
         "seconds": warm[len(warm) // 2] * plan.steps * trainer.replays * t.epochs,
         "device": str(device),
     }
+
+
+def _images(z: Tensor) -> int:
+    """The images behind a classifier's logits; under ``vmap``, where each looks like one alone, all of them."""
+    inner, images = z, len(z)
+    while torch._C._functorch.is_functorch_wrapped_tensor(inner):
+        inner = torch._C._functorch.get_unwrapped(inner)
+    return images * inner.numel() // z.numel()
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
