@@ -271,7 +271,7 @@ def test_another_setting_or_configuration_needs_another_folder(here, capsys):
 
 def test_augmentation_is_the_methods_own(here):
     (here / "aug.yaml").write_text(
-        CONFIG.format(name="fast-at").replace("size: 8", "size: 8, augment: [{name: flip-crop, pad: 1}]")
+        CONFIG.format(name="fast-at").replace("size: 8", "size: 8, augment: [{name: flip-crop, padding: 1}]")
     )
     jobs = comparing._read([here / "fast-at.yaml", here / "aug.yaml"], [], here / "c")
     comparing._check_equal(jobs)
