@@ -404,6 +404,11 @@ class Trainer(Part):
     replays: Count = 1
     allow_shards: bool = False
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "fidelity" not in cls.__dict__:  # what verifies a method does not verify what is made from it
+            cls.fidelity = "reconstructed"
+
     def __post_init__(self) -> None:
         rows: dict[str, object] = {"clean": None}  # which samples the rows of each view are: the stage that last mixed them
         tapped: set[str] = set()  # views whose layers are perturbed or mixed: their rows are tied to their places
