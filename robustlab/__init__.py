@@ -67,6 +67,7 @@ def evaluate(
     norm: str | None = None,
     eps: float | None = None,
     seed: int | None = None,
+    reliability: bool = True,
     **options: Any,
 ) -> Result:
     """Score a classifier under a suite; every adversarial image is projected and scored again in full precision.
@@ -77,11 +78,13 @@ def evaluate(
         suite: a name, a YAML file, or a ``types.Suite``.
         norm, eps: the threat model.
         seed: of all draws.
-        options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume
-            reliability progress``.
+        reliability: examine afterwards whether the attacks' verdicts can be believed, for at most 10 % of their passes more
+            (nothing where that is too few to say anything).
+        options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume shard
+            save_adversarial audit audit_bound progress``. A shard is not examined.
 
     Returns:
-        ``clean_accuracy robust_accuracy interval per_attack robust cost`` and more.
+        ``clean_accuracy robust_accuracy interval per_attack robust cost reliability`` and more.
 
     Raises:
         UserError: bad images, labels, radius or model; one line.
@@ -93,7 +96,9 @@ def evaluate(
     if (norm is None) != (eps is None):
         raise UserError("give norm and eps together, for example norm='linf', eps=8/255")
     threat = Threat(norm, eps) if norm is not None and eps is not None else None  # type: ignore[arg-type]
-    return evaluate(f, data, load_suite(suite) if isinstance(suite, str) else suite, threat=threat, seed=seed, **options)
+    plan = load_suite(suite) if isinstance(suite, str) else suite
+    examined = reliability and options.get("shard") is None  # a merge would drop it
+    return evaluate(f, data, plan, threat=threat, seed=seed, reliability=examined, **options)
 
 
 def corrupt(x: Tensor, name: str, severity: int, table: str = "cifar", seed: int = 0) -> Tensor:

@@ -83,6 +83,7 @@ def train(
     for label, metrics in (("best", outcome.best), ("last", outcome.metrics)):
         line = console.accuracies_text(metrics, attack)
         console.out.print(f"{label}  epoch {metrics['epoch']:>3}  {line}  {folder / label}.safetensors", markup=False)
+    console.out.print(console.gap_text(outcome.best, outcome.metrics, attack), markup=False)
     console.err.print(f"next: robustlab evaluate {folder / 'best.safetensors'}", markup=False)
 
 
@@ -117,48 +118,167 @@ def evaluate(
     save_adversarial: Annotated[
         Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
     ] = None,
+    audit: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="autoattack-fast and its like: give N random survivors the exact suite; 0: none."),
+    ] = None,
+    audit_bound: Annotated[
+        float | None, typer.Option(min=0, max=100, metavar="P", help="Audit until at most P points can have been missed (95 %).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
-    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each."""
+    """Score models under suites of attacks and corruptions. Writes a per-sample ledger and a record for each.
+
+    Under `torchrun` the processes share the batches; each writes its own ledger, the first puts them together.
+    """
     from robustlab import commands
     from robustlab.config import load_suite
     from robustlab.report import console
 
-    suites = [load_suite(name) for name in suite or []]
-    radius = read_radius(eps)
-    if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
-        raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
-    piece = read_shard(shard)
-    if save_adversarial is not None and len(models) > 1:
-        raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
-    done = []
-    for model in models:
-        with console.EvaluationScreen(commands.model_label(model)) as screen:
-            done += commands.evaluate_one(
-                model,
-                suites,
-                data=data,
-                data_root=str(data_root) if data_root else None,
-                norm=norm,
-                eps=radius,
-                seed=seed,
-                num_examples=num_examples,
-                batch_size=batch_size,
-                device=device,
-                precision=precision,
-                out=out,
-                resume=resume,
-                reliability=reliability,
-                shard=piece,
-                save_adversarial=save_adversarial,
-                progress=screen,
-            )
+    with commands.side_by_side() as world:
+        suites = [load_suite(name) for name in suite or []]
+        radius = read_radius(eps)
+        if norm is not None and norm not in ("linf", "l2", "l1", "l0"):
+            raise UserError(f"--norm {norm}: expected one of linf, l2, l1, l0")
+        piece = read_shard(shard)
+        if save_adversarial is not None and len(models) > 1:
+            raise UserError(f"--save-adversarial {save_adversarial}: one model at a time, got {len(models)}")
+        done = []
+        for model in models:
+            screen = console.EvaluationScreen(commands.model_label(model)) if world.rank == 0 else None
+            with screen or contextlib.nullcontext():
+                done += commands.evaluate_one(
+                    model,
+                    suites,
+                    data=data,
+                    data_root=str(data_root) if data_root else None,
+                    norm=norm,
+                    eps=radius,
+                    seed=seed,
+                    num_examples=num_examples,
+                    batch_size=batch_size,
+                    device=device,
+                    precision=precision,
+                    out=out,
+                    resume=resume,
+                    reliability=reliability,
+                    shard=piece,
+                    save_adversarial=save_adversarial,
+                    audit=audit,
+                    audit_bound=audit_bound,
+                    progress=screen,
+                    world=world,
+                )
+    if world.rank > 0:
+        return
     if as_json:
         print(json.dumps([record.model_dump(mode="json") for record, _ in done], indent=2))
         return
     for record, path in done:
         console.out.print(console.record_text(record), markup=False)
         console.out.print(f"  {path}", markup=False, style="dim")
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="package.module:callable, a checkpoint, timm:NAME or torchvision:NAME.")],
+    eps: Annotated[str | None, typer.Option(help="Radius in [0, 1] pixel units, such as 8/255.")] = None,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    data: Annotated[str | None, typer.Option(help="Data set; default: the one of the training.")] = None,
+    data_root: DataRoot = None,
+    suite: Annotated[str, typer.Option(help="What the robust accuracy is measured with.")] = "autoattack",
+    num_examples: Annotated[int, typer.Option("--num-examples", "-n", min=4, help="The first N test images.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("audits"),
+    resume: Resume = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Say in one HTML report what the robustness of a model that you did not train is worth."""
+    from robustlab import auditing, commands
+    from robustlab.report import console
+
+    radius = read_radius(eps)
+    if radius is None:
+        raise UserError("audit: give --eps, for example --eps 8/255")
+    with console.AuditScreen(commands.model_label(model)) as screen:
+        found, page = auditing.audit(
+            model,
+            data=data,
+            data_root=str(data_root) if data_root else None,
+            norm=norm,
+            eps=radius,
+            suite=suite,
+            num_examples=num_examples,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            out=out,
+            resume=resume,
+            progress=screen,
+        )
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console.out.print(found["verdict"]["text"], markup=False, style="bold")
+    for reason in found["verdict"]["reasons"]:
+        console.out.print(f"  {reason}", markup=False)
+    console.out.print(f"  {page}", markup=False, style="dim")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run's folder.")] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """One HTML page on training runs: curves, guards, images under attack, the loss around images and weights."""
+    from robustlab import reporting
+    from robustlab.report import console
+
+    page = out or runs[0] / "report.html"
+    root = str(data_root) if data_root else None
+    reporting.report(runs, page, data_root=root, progress=lambda text: console.err.print(text, markup=False, style="dim"))
+    console.out.print(f"wrote {page}", markup=False)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    suite: Annotated[str, typer.Option(help="Attacks for the paired test.")] = "pgd-20",
+    num_examples: Annotated[int, typer.Option("--num-examples", "-n", min=1, help="The first N test images.")] = 500,
+    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    data_root: DataRoot = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what differs as JSON.")] = False,
+) -> None:
+    """Say how two runs differ: configuration, metrics, and a paired test on the same test images."""
+    from robustlab import reporting
+    from robustlab.report import console
+
+    if checkpoint not in reporting.CHECKPOINTS:
+        raise UserError(f"--checkpoint {checkpoint}: expected best or last")
+    root = str(data_root) if data_root else None
+    found = reporting.compare_runs(first, second, suite=suite, num_examples=num_examples, data_root=root, checkpoint=checkpoint)
+    if as_json:
+        print(json.dumps(reporting.plain(found), indent=2))
+        return
+    console.out.print(console.diff_text(found), markup=False)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or a checkpoint.")],
+    target: Annotated[str, typer.Argument(help="hf:user/name, or a local folder that gets the same files.")],
+    record: Annotated[list[Path] | None, typer.Option(help="A record.json for the model card; may be repeated.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+) -> None:
+    """Share a model: weights as safetensors, configuration and a model card with its measured results, in timm's hub layout."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    console.out.print(f"wrote {commands.push(run, target, records=record or [], private=private)}", markup=False)
 
 
 @app.command()
@@ -176,6 +296,7 @@ def merge(
         print(json.dumps(record.model_dump(mode="json"), indent=2))
         return
     console.out.print(console.record_text(record), markup=False)
+    console.out.print("  reliability  not examined: that needs the model, and a merge reads ledgers", markup=False)
     console.out.print(f"  {path}", markup=False, style="dim")
 
 
@@ -208,6 +329,19 @@ def rescore(
         print(json.dumps(found.to_dict(), indent=2))
         return
     console.out.print(console.rescored_text(found), markup=False)
+
+
+@app.command()
+def curve(
+    records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some; of one suite.")],
+    out: Annotated[Path, typer.Option(help="The figure; .png and .svg are written.")] = Path("cost"),
+) -> None:
+    """Draw robust accuracy against cost: what is left when the adversary may spend so many passes on each image."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    for path in commands.draw_cost(records, out):
+        console.out.print(f"wrote {path}", markup=False)
 
 
 def read_shard(text: str | None) -> tuple[int, int] | None:
@@ -262,16 +396,91 @@ def build(folder: Annotated[Path, typer.Argument(help="The board: a folder with 
 def add(
     records: Annotated[list[Path], typer.Argument(help="record.json files, or folders that hold some.")],
     folder: Annotated[Path, typer.Option("--board", help="The board to add to.")],
+    claimed: Annotated[
+        str | None,
+        typer.Option(metavar="LINK", help="The model's authors say so, there; not measured here. Also for model_info files."),
+    ] = None,
+    external: Annotated[
+        str | None, typer.Option(metavar="LINK", help="Others measured it, there. Also for RobustBench's model_info files.")
+    ] = None,
+    norm: Annotated[
+        str | None, typer.Option(help="Of a model_info file outside of a folder Linf, L2 or corruptions: linf or l2.")
+    ] = None,
 ) -> None:
     """Copy records, with their ledgers, into a board; then `leaderboard build`."""
     from robustlab.report import console
     from robustlab.results import leaderboard
 
-    files = [found for path in records for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if claimed is not None and external is not None:
+        raise UserError("leaderboard add: give --claimed or --external, not both")
+    kind = "claimed" if claimed is not None else "external" if external is not None else "ours"
+    pattern = "record.json" if kind == "ours" else "*.json"
+    files = [found for path in records for found in (sorted(path.rglob(pattern)) if path.is_dir() else [path])]
     if not files:
-        raise UserError(f"{records[0]}: holds no record.json")
+        raise UserError(f"{records[0]}: holds no {pattern}")
     for path in files:
-        console.out.print(f"added {leaderboard.add(folder, path)}", markup=False)
+        added = leaderboard.add(folder, path, kind=kind, link=claimed or external, norm=norm)  # type: ignore[arg-type]
+        console.out.print(f"added {added}", markup=False)
+
+
+@board.command("diff")
+def diff_boards(
+    old: Annotated[Path, typer.Argument(help="A board.")],
+    new: Annotated[Path, typer.Argument(help="Another version of it, or a record that may be added.")],
+) -> None:
+    """Say what a new entry, or a new version of a board, changes. Writes nothing."""
+    from robustlab.report import console
+    from robustlab.results.changes import changes
+
+    found, heading = changes(old, new), None
+    for change in found:
+        if change.section != heading:
+            heading = change.section
+            console.out.print(heading, markup=False, style="bold")
+        console.out.print(f"  {change}", markup=False)
+    if not found:
+        console.out.print("no change", markup=False)
+
+
+@board.command("verify")
+def verify_board(
+    folders: Annotated[list[Path], typer.Argument(help="Boards.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Fail also where a checkpoint or configuration is not at hand.")] = False,
+) -> None:
+    """Derive every number of a board from its ledgers again and compare all hashes. Exit code 1 where something differs."""
+    from robustlab.evaluation.rederive import rederive
+    from robustlab.report import console
+    from robustlab.results.verify import verify
+
+    failed = False
+    for folder in folders:
+        derived, found = verify(folder, lambda path: rederive(path).to_dict())
+        bad = [f for f in found if f.wrong or (strict and "nothing to derive" not in f.text)]
+        for finding in bad:
+            console.err.print(f"WRONG {folder / finding.entry}: {finding.text}", markup=False)
+        for text in dict.fromkeys(f.text for f in found if f not in bad):
+            console.out.print(f"note: {text}", markup=False, style="dim")
+        console.out.print(f"{folder}: {derived} {'entry' if derived == 1 else 'entries'} derived again", markup=False)
+        failed |= bool(bad)
+    if failed:
+        raise typer.Exit(1)
+
+
+@board.command("export")
+def export_board(
+    folder: Annotated[Path, typer.Argument(help="The board.")],
+    out: Annotated[Path, typer.Option(help="Folder to write model_info/<data>/<norm>/<model>.json into.")],
+    about: Annotated[
+        Path | None,
+        typer.Option(help="YAML: for each model what a record does not know: name authors link venue additional_data ..."),
+    ] = None,
+) -> None:
+    """Write the first table of a board as RobustBench's model_info files."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    for path in commands.export_board(folder, out, about):
+        console.out.print(f"wrote {path}", markup=False, style="dim")
 
 
 # -------------------------------------------------------------------------------------------------------- information
@@ -302,14 +511,31 @@ def list_(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="The name of anything that `list` shows.")]) -> None:
+def explain(
+    name: Annotated[str | None, typer.Argument(help="The name of anything that `list` shows.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="With --all: write one page, with a search field.")] = None,
+) -> None:
     """Explain a part: its formula, source, fields with units and defaults, and what a trainer is made of."""
+    from robustlab.registry import FOLDERS, entries
     from robustlab.report import console
     from robustlab.report.explain import explain as text
     from robustlab.report.explain import find
 
+    if (name is None) != every:
+        raise UserError("explain: give a name, or --all" if name is None else f"explain: give '{name}' or --all, not both")
+    if html is not None:
+        from robustlab.files import atomic_write
+        from robustlab.report.reference import reference_page
+
+        if not every:
+            raise UserError("explain: --html goes with --all")
+        atomic_write(html, reference_page())
+        console.out.print(f"wrote {html}", markup=False)
+        return
     width = min(console.out.width, 100) if console.out.is_terminal else 100
-    console.out.print("\n\n\n".join(text(cls, width) for cls in find(name)), markup=False)
+    found = [cls for kind in FOLDERS for cls in entries(kind).values()] if name is None else find(name)
+    console.out.print("\n\n\n".join(text(cls, width) for cls in found), markup=False)
 
 
 @app.command()
@@ -389,7 +615,8 @@ def run(args: list[str] | None = None) -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        lines, code = ("interrupted; what is written so far is whole: add --resume to go on",), 130
+        said = ("interrupted; what is written so far is whole: add --resume to go on",)
+        lines, code = said if _first_process() else (), 130
     except UserError as error:
         lines, code = error.lines, 2
     except BrokenPipeError:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,20 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, one_hot
+from robustlab.types import (
+    Alone,
+    BoundSuite,
+    Dataset,
+    ImageSet,
+    Model,
+    Splits,
+    Suite,
+    Threat,
+    Trainer,
+    UserError,
+    World,
+    one_hot,
+)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -78,7 +92,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
     Returns:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
-    splits = config.data.load()
+    from robustlab.data.extra import with_extra
+
+    splits = with_extra(config.data, config.data.load())
     for split in ("train", "validation"):
         if len(getattr(splits, split)) == 0:
             raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
@@ -100,7 +116,7 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
 
 
 def export_meta(
-    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None
+    config: Config, splits: Splits, trainer: Trainer, metrics: Mapping[str, Any], config_path: str | None, config_hash: str | None
 ) -> dict[str, Any]:
     """The metadata block of a checkpoint."""
     return {
@@ -113,6 +129,7 @@ def export_meta(
         "fidelity": trainer.fidelity,
         "config": dump(config),
         "config_path": config_path,
+        "config_hash": config_hash,
         "metrics": dict(metrics),
         "epoch": metrics.get("epoch"),
     }
@@ -138,6 +155,22 @@ def probe(f: nn.Module, images: ImageSet, config: Config, num_classes: int, devi
                 robust += int((callee(x_adv).argmax(-1) == y).sum())
     out = {"val_clean": right / len(images)}
     return out | ({"val_robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
+
+
+def watch(f: nn.Module, images: ImageSet, config: Config, num_classes: int, device: torch.device) -> float:
+    """Accuracy under PGD on the training images that the guard against catastrophic overfitting looks at."""
+    rule, threat = config.training.guards.overfitting, config.threat
+    assert rule is not None
+    attack = configuration.build("attack", "pgd", norm=threat.norm, eps=threat.eps, steps=rule.steps)
+    rng = Rng(config.seed).child("watch")
+    rows = rng.permutation(len(images))[: rule.num_examples]
+    callee, right = Precise(f, config.training.precision), 0
+    with frozen(f), bn_mode(f, "eval"):
+        for x, y, index in images.batches(rows.split(256), device):
+            x_adv, _ = attack.run(callee, x, one_hot(y, num_classes, x.dtype), rng.at(index))
+            with torch.no_grad():
+                right += int((callee(x_adv).argmax(-1) == y).sum())
+    return right / len(rows)
 
 
 def default_out(path: Path) -> Path:
@@ -177,6 +210,7 @@ def train(
         torch.set_num_threads(config.training.threads)
     device = distributed.local_device(torch_device(config.training.device))
     config, splits, f = prepare(config)
+    digest = sha256(config_path) if config_path is not None and Path(config_path).is_file() else None
     state = out / "state.safetensors"
     if resume and state.exists():
         check_same(config, read_state_meta(state)["config"], state)
@@ -186,9 +220,14 @@ def train(
     trainer = complete_trainer(config)
 
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
-        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path))
+        save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path, digest))
 
-    hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
+    hooks = Hooks(
+        lambda model: probe(model, splits.validation, config, splits.num_classes, device),
+        lambda model: watch(model, splits.train, config, splits.num_classes, device),
+        export,
+        progress,
+    )
     with distributed.joined(device) as world, contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(exclusive(out))
@@ -219,7 +258,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Returns:
         ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
     """
-    from robustlab.training.loop import Plan, complete_trainer, loader
+    from robustlab.training.loop import complete_trainer, loader, plan_of, samples
     from robustlab.training.step import check_shards, train_step
     from robustlab.types import Alone
 
@@ -230,9 +269,10 @@ def dry_run(config: Config) -> dict[str, Any]:
     t = config.training
     f = f.to(device)
     check_shards(config.trainer, t.accumulation)
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, Alone())
+    plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
-    outer = Outer(f, trainer, context_of(f, splits.num_classes, len(splits.train), splits.image_shape), t.precision).to(device)
+    ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, batch_size=plan.size)
+    outer = Outer(f, trainer, ctx, t.precision).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     rng = Rng(config.seed)
     batches = loader(splits, plan, rng, 0, device)
@@ -266,7 +306,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         "steps": plan.steps,
         "forwards": forwards / rows,
         "backwards": backwards / rows,
-        "seconds": warm[len(warm) // 2] * plan.steps * t.epochs,
+        "seconds": warm[len(warm) // 2] * plan.steps * trainer.replays * t.epochs,
         "device": str(device),
     }
 
@@ -317,7 +357,8 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
     if spec.get("name") == trained.get("name"):
         spec = {**trained, **spec}
-    spec.pop("augment", None)
+    for key in ("augment", "extra"):
+        spec.pop(key, None)
     return configuration.build("dataset", spec | ({"root": root} if root else {}))
 
 
@@ -340,6 +381,15 @@ def load_pair(
     return f, meta, part, splits
 
 
+def side_by_side() -> contextlib.AbstractContextManager[World]:
+    """The processes of this run; see ``training.distributed``."""
+    if "WORLD_SIZE" not in os.environ:
+        return contextlib.nullcontext(Alone())
+    from robustlab.training import distributed
+
+    return distributed.side_by_side()
+
+
 def evaluate_one(
     spec: str,
     suites: Sequence[Suite],
@@ -358,7 +408,10 @@ def evaluate_one(
     reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> list[tuple[Any, Path]]:
     """Score one model under several suites; writes a ledger and a record for each below ``out``.
 
@@ -370,19 +423,29 @@ def evaluate_one(
         seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
             ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
+        audit, audit_bound: as there, for the suites that have audits; at least one has to.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
+        world: several processes share the batches: each does one shard, the first puts them together. ``out`` is a folder that all
+            of them see. Of ``save_adversarial`` each writes its own file, ``NAME-i-of-n``.
 
     Returns:
-        (record, its path) for each suite, in order.
+        (record, its path) for each suite, in order; nothing in processes other than the first.
 
     Raises:
         UserError: anything that does not fit, before the first pass.
     """
+    from robustlab.evaluation import shards
     from robustlab.evaluation.runner import evaluate, threats_of
     from robustlab.results.record import record_from, write_record
 
-    where = torch_device(device)
+    where, world = torch_device(device), world or Alone()
+    if several := world.size > 1:
+        from robustlab.training.distributed import local_device
+
+        if shard is not None:
+            raise UserError(f"--shard {shard[0]}/{shard[1]}: {world.size} processes share out the batches themselves")
+        where, shard = local_device(where), (world.rank + 1, world.size)
     f, meta, part, splits = load_pair(spec, data, data_root, where)
     known = (meta or {}).get("config", {})
     if not suites:
@@ -391,6 +454,9 @@ def evaluate_one(
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
     if save_adversarial is not None and len(suites) > 1:
         raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
+    asked = {"audit": audit, "audit_bound": audit_bound}
+    if asked != dict.fromkeys(asked) and not any(isinstance(s, BoundSuite) for s in suites):
+        raise UserError(f"--audit: {', '.join(s.name for s in suites)}: nothing is spared any attack here, so nothing to audit")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -407,11 +473,17 @@ def evaluate_one(
         "architecture": (meta or {}).get("model", {}).get("name"),
         "parameters": sum(p.numel() for p in f.parameters()),
     }
+    n = len(splits.test)
     out_model, results = out / model_label(spec).replace(":", "-").replace("/", "-"), []
     for suite in suites:
         threats = threats_of(suite, threat)
         single = f"-{threats[0].norm}-{threats[0].eps:.6g}" if len(threats) == 1 else ""
-        folder = out_model / f"{suite.name}{single}" / (f"shard-{shard[0]}-of-{shard[1]}" if shard else "")
+        whole = out_model / f"{suite.name}{single}"
+        folder = whole / shards.folder_of(shard) if shard else whole
+        if several:
+            shards.check_enough(world.size, min(num_examples or suite.num_examples or n, n), batch_size)
+            shards.check_place(whole, world.size, resume=resume)
+            world.gather(torch.zeros(1))  # nobody begins before all have looked
         shown = (lambda event, name=suite.name: progress({"suite": name, **event})) if progress else None
         result = evaluate(
             f,
@@ -427,8 +499,9 @@ def evaluate_one(
             resume=resume,
             reliability=reliability and shard is None,  # a merge would drop it
             shard=shard,
-            save_adversarial=save_adversarial,
+            save_adversarial=save_adversarial if not several else _own_file(save_adversarial, shard),
             progress=shown,
+            **(asked if isinstance(suite, BoundSuite) else {}),  # type: ignore[arg-type]
         )
         record = record_from(
             result,
@@ -436,24 +509,45 @@ def evaluate_one(
             data={"name": part.name, "split": "test"},
             command=command_line(),
             config=(meta or {}).get("config_path"),
+            config_hash=(meta or {}).get("config_hash"),
             commit=commit(),
         )
         path = folder / (SHARD_RECORD if shard else "record.json")
         if not (path.exists() and _same_but_time(path, record)):
             write_record(path, record)
+        if several:
+            world.gather(torch.zeros(1))  # all are done
+            if world.rank > 0:
+                continue
+            own = [whole / shards.folder_of((i + 1, world.size)) for i in range(world.size)]
+            examine = functools.partial(shards.reliability, f, splits.test, device=where)
+            record, path = merge(own, again=resume, examine=examine if reliability else None)
         results.append((record, path))
     return results
+
+
+def _own_file(path: Path | None, shard: tuple[int, int] | None) -> Path | None:
+    """``adv.npz`` as ``adv-1-of-2.npz``."""
+    return path if path is None or shard is None else path.with_stem(f"{path.stem}-{shard[0]}-of-{shard[1]}")
 
 
 SHARD_RECORD = "shard.json"  # not record.json: a piece is no result, and boards collect results
 
 
-def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
+def merge(
+    ledgers: Sequence[Path],
+    out: Path | None = None,
+    *,
+    again: bool = False,
+    examine: Callable[[Any], dict[str, Any] | None] | None = None,
+) -> tuple[Any, Path]:
     """Put the ledgers of all shards of an evaluation together; writes the ledger and record that a single run writes.
 
     Args:
         ledgers: of the shards, or the folders that hold them.
         out: the folder to write to; None is the folder that the shards' folders lie in.
+        again: the folder may hold this very result already.
+        examine: makes the reliability report of a result.
 
     Returns:
         The record and its path.
@@ -476,16 +570,27 @@ def merge(ledgers: Sequence[Path], out: Path | None = None) -> tuple[Any, Path]:
     if out is None and not all(path.parent.name.startswith("shard-") and path.parent.parent == folder for path in paths):
         raise UserError("merge: these shards do not lie in one folder: give --out")
     first = records[0]
-    ledger = shards.write(folder, header, entries)
+    ledger = shards.write(folder, header, entries, again=again)
     result = shards.result_of(
         header, entries, fingerprint=first.data.fingerprint, environment=first.environment, ledger=str(ledger)
     )
+    if examine is not None:
+        result = dataclasses.replace(result, reliability=examine(result))
     known = first.model.model_dump(exclude={"hash"})
     data = {"name": first.data.name, "split": first.data.split}
     record = record_from(
-        result, model=known, data=data, command=command_line(), config=first.provenance.config, commit=first.provenance.commit
+        result,
+        model=known,
+        data=data,
+        command=command_line(),
+        config=first.provenance.config,
+        config_hash=first.provenance.config_hash,
+        commit=first.provenance.commit,
     )
-    return record, write_record(folder / "record.json", record)
+    path = folder / "record.json"
+    if not (path.exists() and _same_but_time(path, record)):
+        write_record(path, record)
+    return record, path
 
 
 def rescore(
@@ -547,16 +652,130 @@ def _same_but_time(path: Path, record: Any) -> bool:
     return old.provenance.ledger == record.provenance.ledger and old.metrics == record.metrics and kept
 
 
+def draw_cost(paths: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Draw robust accuracy against passes per image, from records or from the folders that hold them, to ``out`` .png and .svg.
+
+    Raises:
+        UserError: no record, or none with a curve, or several that do not belong in one figure.
+    """
+    from robustlab.report.figures import cost_curve
+    from robustlab.results.record import read_record
+
+    return cost_curve([read_record(p).model_dump(mode="json") for p in record_files(paths)], out)
+
+
+def record_files(paths: Sequence[Path]) -> list[Path]:
+    """The ``record.json`` files among these files and below these folders.
+
+    Raises:
+        UserError: there is none.
+    """
+    files = [found for path in paths for found in (sorted(path.rglob("record.json")) if path.is_dir() else [path])]
+    if not files:
+        raise UserError(f"{paths[0]}: holds no record.json")
+    return files
+
+
 def build_board(folder: Path) -> list[Path]:
     """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
     from robustlab.report.figures import accuracy_curve
     from robustlab.results import leaderboard
-    from robustlab.results.record import read_record
+    from robustlab.results.record import Record
 
     written: list[Path] = []
-    records = [read_record(p).model_dump(mode="json") for p in sorted((folder / "entries").glob("*.json"))]
+    records = [r.model_dump(mode="json") for _, r in leaderboard.entries(folder) if isinstance(r, Record)]
     swept = [r for r in records if len(r["metrics"]["threats"]) > 1]
     if swept:
         first = swept[0]["suite"]["name"]
         written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
-    return [*leaderboard.build(folder), *written]
+    return [*leaderboard.build(folder), write_board_page(folder), *written]
+
+
+def write_board_page(folder: Path) -> Path:
+    """Write a board's ``index.html``."""
+    import dataclasses
+
+    from robustlab.files import atomic_write
+    from robustlab.report.board_page import board_page
+    from robustlab.results import leaderboard
+
+    found = leaderboard.sections(folder)
+    shown = [
+        {
+            "heading": s.heading,
+            "facts": s.facts,
+            "rows": [dataclasses.asdict(r) | {"links": leaderboard.link_pairs(r.links)} for r in s.rows],
+        }
+        for s in found
+        if s.series is None
+    ]
+    curve = folder / "curve.png"
+    told = dataclasses.asdict(leaderboard.read_board(folder))
+    text = board_page(told, shown, leaderboard.sweeps(found), curve if curve.exists() else None)
+    atomic_write(folder / "index.html", text)
+    return folder / "index.html"
+
+
+def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Path]:
+    """Write the records of a board's first table, and its claims, in RobustBench's layout.
+
+    Args:
+        folder: the board.
+        out: gets ``model_info/<data>/<Linf|L2|corruptions>/<model>.json``.
+        about: YAML, model to what a record does not know (``name authors link venue additional_data footnote ...``).
+
+    Raises:
+        UserError: a bad board; a record that RobustBench has no place for; ``about`` names no model of the board.
+    """
+    from robustlab.files import write_json
+    from robustlab.results import leaderboard
+    from robustlab.results.claim import card_folder, card_from
+    from robustlab.results.record import read_record
+
+    found = [s for s in leaderboard.sections(folder) if s.series is None]
+    told = parse(about.read_text(encoding="utf-8"), str(about)).plain() if about is not None else {}
+    rows = [row for row in found[0].rows if row.provenance == "ours"] if found else []
+    if not isinstance(told, dict) or (unknown := [name for name in told if name not in [row.model for row in rows]]):
+        raise UserError(f"{about}: {unknown[0] if isinstance(told, dict) else 'not a mapping'}: not a model of {folder}")
+    written = []
+    for row in rows:
+        record = read_record(folder / row.entry)
+        path = out / "model_info" / card_folder(record) / f"{row.model.replace('/', '-').replace(':', '-')}.json"
+        write_json(path, card_from(record, told.get(row.model)).dump())
+        written.append(path)
+    return written
+
+
+def push(run: Path, target: str, *, records: Sequence[Path] = (), private: bool = False) -> str:
+    """Share a run's best checkpoint, in timm's hub layout with a model card.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        target: ``hf:user/name``, or a local folder that gets the same files.
+        records: results to put on the card; those of other weights are refused. Empty: those found below the run's folder.
+        private: of a repository that is made.
+
+    Returns:
+        The repository's address, or the folder.
+
+    Raises:
+        UserError: no checkpoint, a record of another model, or the hub refuses.
+    """
+    import tempfile
+
+    from robustlab.models import hub
+    from robustlab.models.checkpoint import read_meta
+    from robustlab.report.card import model_card
+    from robustlab.results.record import read_record
+
+    checkpoint = run / "best.safetensors" if run.is_dir() else run
+    meta, digest = read_meta(checkpoint), sha256(checkpoint)
+    found = [read_record(path) for path in (records or sorted(checkpoint.parent.rglob("record.json")))]
+    if records and (other := [str(p) for p, r in zip(records, found, strict=True) if r.model.checkpoint != digest]):
+        raise UserError(f"{other[0]}: a result of other weights than {checkpoint}")
+    rows = [r.model_dump(mode="json") for r in found if r.model.checkpoint == digest]
+    if not target.startswith(hub.PREFIX):
+        return str(hub.write_folder(checkpoint, target, model_card(meta, rows, target)))
+    with tempfile.TemporaryDirectory() as folder:
+        hub.write_folder(checkpoint, folder, model_card(meta, rows, target))
+        return hub.upload(folder, target, private=private)

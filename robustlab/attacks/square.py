@@ -17,6 +17,8 @@ Differences from the authors' code:
 - Windows, signs and orientations are drawn for every sample; theirs are shared by the batch.
 - Windows reach the last row and column; theirs stop one short of both.
 - A proposal that changes nothing, because the window has that value already, is not evaluated. It could not be kept.
+- A margin that falls by rounding alone (64 units in the last place) has not fallen. Many proposals change nothing that the
+  classifier sees; whether they are kept would otherwise depend on how the batch was cut.
 - Images that are not square, of any size and number of channels: the tiles of the start are min(H, W) // 5 wide, at least 1,
   as many as fit, centred. Theirs fails for some sizes, such as 12 x 12.
 - No clean pass, and none at the end.

@@ -15,6 +15,7 @@ from robustlab.rng import Rng
 from robustlab.types import Classifier
 
 BLOCK = 100  # queries whose draws are made at once
+ROUNDING = 64  # units in the last place: a margin that falls by less has not fallen
 WIDE = 16  # proposals that are judged at once, at most
 
 
@@ -61,6 +62,11 @@ def judge(f: Classifier, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return -losses.margin(z, y), fooled(z, y)
 
 
+def better(margin: Tensor, value: Tensor, miss: Tensor) -> Tensor:
+    """Where a proposal is kept: it fools the classifier, or its margin has fallen by more than rounding."""
+    return miss | (margin < value - ROUNDING * torch.finfo(value.dtype).eps * (1 + value.abs()))
+
+
 def in_step(f: Classifier, s: Search, how: How, few: int) -> int:
     """Query by query, all samples at once, until at most ``few`` are left; returns the number of queries made."""
     for q in range(how.queries):
@@ -76,7 +82,7 @@ def in_step(f: Classifier, s: Search, how: How, few: int) -> int:
         margin, miss = judge(f, new, y)
         s.cost[s.row[at], 0] += 1
         s.asked[s.row[at]] += 1
-        kept = miss | (margin < value)
+        kept = better(margin, value, miss)
         s.best[at[kept]], s.value[at[kept]] = new[kept], margin[kept]
         if bool(miss.any()):
             draws = draws[s.leave(at[miss])]
@@ -112,9 +118,9 @@ def ahead(f: Classifier, s: Search, how: How, first: int) -> None:
         if bool(moved.any()):
             margin[moved], miss[moved] = judge(f, new[moved], s.y[who[moved]])
         s.cost[:, 0].index_add_(0, s.row[who], moved.to(s.cost.dtype))
-        better, used, took, begin = (miss | (margin < s.value[who])).tolist(), torch.zeros_like(moved), list[int](), 0
+        kept, used, took, begin = better(margin, s.value[who], miss).tolist(), torch.zeros_like(moved), list[int](), 0
         for place, count in zip(places, counts, strict=True):
-            chosen = next((j for j in range(begin, begin + count) if better[j]), None)
+            chosen = next((j for j in range(begin, begin + count) if kept[j]), None)
             last = begin + count - 1 if chosen is None else chosen
             used[begin : last + 1] = True
             took += [] if chosen is None else [chosen]

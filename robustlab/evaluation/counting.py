@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robustlab.modes import unwrap
@@ -41,3 +43,14 @@ class Counter:
 
     def _back(self, rows: int) -> None:
         self.backwards += rows
+
+
+def per_sample(info: Mapping[str, Any], n: int, counter: Counter) -> list[list[int]] | None:
+    """Forward and backward passes spent on each of n samples, as an attack tells them: n pairs.
+
+    None where it tells none, or they do not add up to what was counted.
+    """
+    told = info.get("passes")
+    if not isinstance(told, Tensor) or told.shape != (n, 2) or told.dtype != torch.int64 or bool((told < 0).any()):
+        return None
+    return told.tolist() if told.sum(0).tolist() == [counter.forwards, counter.backwards] else None

@@ -1,8 +1,9 @@
 """The ledger: what every attack did to every sample, append-only on disk, one JSON object per line.
 
 The first line (header) holds everything that determines the verdicts. Each further line is one (threat, attack, batch): the
-samples' positions, their verdicts (1: classified correctly on what the attack returned), the passes spent, the seed, the seconds.
-A line goes out in one write, followed by fsync; whatever a kill leaves behind it is dropped when the ledger is opened again.
+samples' positions, their verdicts (1: classified correctly on what the attack returned), the passes spent (in all, and where the
+attack tells them, [forwards, backwards] of each sample), the seed, the seconds. A line goes out in one write, followed by fsync;
+whatever a kill leaves behind it is dropped when the ledger is opened again.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ def read(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if header is None:
         raise UserError(f"{path}: no header line; this is not a ledger")
     return header, entries
+
+
+def by_sample(entries: Iterable[Mapping[str, Any]]) -> dict[Key, tuple[Any, ...]]:
+    """What a ledger says of each sample, whatever the batches: (threat, attack, position) to (verdict, seed, passes or None)."""
+    found = {}
+    for e in entries:
+        each = e.get("passes", [None] * len(e["index"]))
+        for i, verdict, passes in zip(e["index"], e["verdict"], each, strict=True):
+            found[threat_name(e["threat"]), e["attack"], i] = verdict, e["seed"], None if passes is None else tuple(passes)
+    return found
 
 
 class Ledger:

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from robustlab import geometry
 from robustlab.modes import ambient, bn_mode
 from robustlab.types import Classifier
 
@@ -71,7 +72,7 @@ def prepare(f: Classifier, x: Tensor, precision: str = "fp32") -> Classifier:
                 return f
             for g in (made, Prepared(f, made.full, None, precision)):  # without oneDNN's operators, which are not public
                 with torch.no_grad():
-                    if _within(z, g(x), NEAR[precision][0], torch.inf):
+                    if _within(z, g(x), NEAR[precision][0], "linf"):
                         return g
             return f
     except torch.OutOfMemoryError:
@@ -133,7 +134,7 @@ def _same_gradient(f: Classifier, g: Classifier, x: Tensor, near: float, near_gr
     with torch.enable_grad():
         v, w = x.clone().requires_grad_(), x.clone().requires_grad_()
         a, b = f(v), g(w).to(x.dtype)
-        if a.requires_grad != b.requires_grad or not _within(a.detach(), b.detach(), near, torch.inf):
+        if a.requires_grad != b.requires_grad or not _within(a.detach(), b.detach(), near, "linf"):
             return False
         if not a.requires_grad:
             return True
@@ -141,14 +142,14 @@ def _same_gradient(f: Classifier, g: Classifier, x: Tensor, near: float, near_gr
         (p,), (q,) = (torch.autograd.grad((z * weight).sum(), u, allow_unused=True) for z, u in ((a, v), (b, w)))
     if p is None or q is None:
         return p is q
-    most = sum(_within(*pair, near_gradient, 2) for pair in zip(p, q, strict=True))
+    most = sum(_within(*pair, near_gradient, "l2") for pair in zip(p, q, strict=True))
     return 2 * most > len(x)
 
 
-def _within(a: Tensor, b: Tensor, near: float, order: float) -> bool:
+def _within(a: Tensor, b: Tensor, near: float, norm: str) -> bool:
     if a.shape != b.shape:
         return False
-    size, gap = (torch.linalg.vector_norm(v.double(), order) for v in (a, a - b))
+    size, gap = (geometry.norm_of(v.double().flatten()[None], norm) for v in (a, a - b))
     return bool(torch.isfinite(size)) and bool(gap <= near * size)
 
 

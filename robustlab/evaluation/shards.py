@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from robustlab.evaluation.audit import PREFIX, recount
 from robustlab.evaluation.ledger import encoded, first_difference, read, threat_name
+from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, assemble
+from robustlab.evaluation.sources import open_source
 from robustlab.files import atomic_write, exclusive
-from robustlab.types import UserError
+from robustlab.modes import unwrap
+from robustlab.types import Classifier, Threat, UserError
 
+LEDGER = "ledger.jsonl"
 Shard = tuple[int, int]
 Entries = list[dict[str, Any]]
 
@@ -99,18 +105,65 @@ def _check_finished(path: Path, header: Mapping[str, Any], shard: Shard, entries
             raise UserError(f"{path}: shard {name} is not finished (batch {batch}); go on with it: --resume")
 
 
-def write(folder: Path, header: Mapping[str, Any], entries: Entries) -> Path:
-    """Write a merged ledger.
+def write(folder: Path, header: Mapping[str, Any], entries: Entries, *, again: bool = False) -> Path:
+    """Write a merged ledger. With ``again`` it may be there already, the same to the byte.
 
     Raises:
         UserError: there is a ledger already, or the place cannot be written.
     """
-    path = folder / "ledger.jsonl"
+    path, lines = folder / LEDGER, b"".join(encoded(line) for line in (header, *entries))
     with exclusive(folder):
-        if path.exists():
+        if path.exists() and not (again and path.read_bytes() == lines):
             raise UserError(f"{path}: there is an evaluation here already; choose another --out")
-        atomic_write(path, b"".join(encoded(line) for line in (header, *entries)))
+        atomic_write(path, lines)
     return path
+
+
+def folder_of(shard: Shard) -> str:
+    """What the folder of a shard is called."""
+    return f"shard-{shard[0]}-of-{shard[1]}"
+
+
+def check_place(folder: Path, n: int, *, resume: bool) -> None:
+    """Raise ``UserError`` unless n processes may put an evaluation, and its shards, into the folder."""
+    found = sorted({int(p.name.rpartition("-")[2]) for p in folder.glob("shard-*-of-*") if (p / LEDGER).exists()})
+    if (found or (folder / LEDGER).exists()) and not resume:
+        raise UserError(f"{folder}: there is an evaluation here already; continue it with --resume or choose another --out")
+    if found and found != [n]:
+        begun = " and ".join(map(str, found))
+        raise UserError(f"{folder}: begun by {begun} processes, these are {n}; start as many as then or choose another --out")
+    if not found and (folder / LEDGER).exists():
+        raise UserError(f"{folder}: holds an evaluation by one process, these are {n}; choose another --out")
+
+
+def check_enough(n: int, size: int, batch_size: int) -> None:
+    """Raise ``UserError`` unless there is a batch for each of n processes."""
+    if n > (batches := -(-size // batch_size)):
+        plural = "es" if batches > 1 else ""
+        raise UserError(
+            f"{n} processes: {size} images are only {batches} batch{plural} of {batch_size}; "
+            "start fewer or give a smaller --batch-size"
+        )
+
+
+def reliability(f: Classifier, data: Any, result: Result, device: torch.device) -> dict[str, Any] | None:
+    """The reliability report that a single run makes, for a merged result; None without attacks."""
+    if not result.threats:
+        return None
+    module = unwrap(f)
+    found = {p.dtype for p in module.parameters()} if isinstance(module, nn.Module) else set()
+    dtype = torch.float64 if torch.float64 in found else torch.float32
+    images, labels, first = list[Tensor](), list[Tensor](), 0
+    for x, y in open_source(data).batches(result.batch_size, result.n):
+        rows = result.clean[first : first + len(x)].nonzero().squeeze(1)[: IMAGES - sum(map(len, labels))]
+        images.append(x[rows].to(device, dtype))
+        labels.append(y[rows].to(device))
+        first += len(x)
+        if sum(map(len, labels)) == IMAGES:
+            break
+    spent = sum(t["cost"]["forwards"] + t["cost"]["backwards"] for t in result.threats)
+    threat = Threat(result.threats[0]["norm"], result.threats[0]["eps"])
+    return examine(f, torch.cat(images), torch.cat(labels), threat, seed=result.seed, passes=SHARE * spent).to_dict()
 
 
 def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Result:
@@ -121,6 +174,8 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
     attacked: dict[str, dict[str, Tally]] = {name: {} for name in names}
     for e in entries:
         index, verdict = torch.tensor(e["index"], dtype=torch.long), torch.tensor(e["verdict"], dtype=torch.bool)
+        if e["attack"].startswith(PREFIX):
+            continue
         if e["threat"] is not None:
             attacked[threat_name(e["threat"])].setdefault(e["attack"], Tally()).add(e)
         elif e["attack"] == "clean":
@@ -130,10 +185,18 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             label, _, severity = e["attack"].rpartition("/")
             corrupted.setdefault((label, int(severity)), Tally()).add(e)
     verdicts = [right.clone() for _ in names]
+    own, audited = ([e for e in entries if e["attack"].startswith(PREFIX) is late] for late in (False, True))
+    _mark(verdicts, names, own)
+    audits = [None if audit is None else audit.to_dict() for audit in recount(header, entries, verdicts)]
+    _mark(verdicts, names, audited)
+    threats = [(t["norm"], t["eps"]) for t in header["threats"]]
+    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
+    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, audits, **same, **known)
+
+
+def _mark(verdicts: list[torch.Tensor], names: list[str], entries: Entries) -> None:
+    """Write what broke into the verdicts of each threat model."""
     for e in entries:
         if e["threat"] is not None:
             broken = torch.tensor(e["index"], dtype=torch.long)[~torch.tensor(e["verdict"], dtype=torch.bool)]
             verdicts[names.index(threat_name(e["threat"]))][broken] = False
-    threats = [(t["norm"], t["eps"]) for t in header["threats"]]
-    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, **same, **known)

@@ -27,6 +27,8 @@ STYLE: dict[Any, Any] = {
 }
 UNITS = {"linf": "$\\ell_\\infty$", "l2": "$\\ell_2$", "l1": "$\\ell_1$", "l0": "$\\ell_0$"}
 Curve = list[tuple[float, float, float, float]]  # (eps, accuracy, low, high), fractions
+CostCurve = list[tuple[float, float]]  # (passes, accuracy)
+LEAST = 0.7  # passes: where the logarithmic axis begins
 
 
 def accuracy_curve(records: Sequence[Mapping[str, Any]], path: str | Path) -> tuple[Path, Path]:
@@ -74,6 +76,83 @@ def accuracy_curve(records: Sequence[Mapping[str, Any]], path: str | Path) -> tu
         _ticks(axes, norm, sorted({p[0] for curve in curves.values() for p in curve}))
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="model")
         return _save(figure, Path(path))
+
+
+def cost_curve(records: Sequence[Mapping[str, Any]], path: str | Path) -> tuple[Path, Path]:
+    """Robust accuracy against the passes that the adversary may spend on each image, one step curve per model.
+
+    A marker shows where an attack of the suite ended. Logarithmic in the passes; what is left of one pass is clean accuracy.
+
+    Args:
+        records: records as dicts, made by an evaluation that wrote its curve. All under one suite and in one threat model, which is
+            the first of each.
+        path: of the figure; ``.png`` and ``.svg`` are written.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: no record has a curve, or they mix suites or threat models.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    title, curves = cost_curves_of(records)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        most = max(points[-1][0] for points, _ in curves.values())
+        for i, (name, (points, ends)) in enumerate(sorted(curves.items(), key=lambda item: -item[1][0][-1][1])):
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            passes, accuracy = (list(v) for v in zip(*points, strict=True))
+            passes, accuracy = [max(p, LEAST) for p in passes] + [max(most, 1.0)], _percent([*accuracy, accuracy[-1]])
+            axes.step(passes, accuracy, where="post", color=colour, linewidth=1.6, zorder=3)
+            marked = [(max(p, LEAST), 100 * _value_at(points, p)) for p in ends.values()]
+            axes.plot(*zip(*marked, strict=True), color=colour, marker=marker, markersize=5, linestyle="", clip_on=False, zorder=4)
+            axes.plot([], [], color=colour, marker=marker, markersize=5, label=name)
+            if i == 0:
+                for (p, a), attack in zip(marked, ends, strict=True):
+                    axes.annotate(attack, (p, a), (-2, 6), textcoords="offset points", rotation=40, fontsize=8, color="#444444")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set(ylim=(0, 100), xlim=(LEAST, max(most, 1.0) * 1.1), xlabel="passes per image, forward and backward", ylabel=title)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="model")
+        return _save(figure, Path(path))
+
+
+def cost_curves_of(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, tuple[CostCurve, dict[str, float]]]]:
+    """What the axis is called and, for each model label, the curve's points and the passes at which each attack ended.
+
+    Raises:
+        UserError: as :func:`cost_curve`.
+    """
+    found = [
+        (r, r["metrics"]["threats"][0]) for r in records if r["metrics"]["threats"] and r["metrics"]["threats"][0].get("curve")
+    ]
+    if not found:
+        raise UserError("no record has a curve of robust accuracy against passes; evaluate again to get one")
+    threats = {f"{t['norm']} {t['eps']:g}" for _, t in found}
+    for what, names in (("suites", {r["suite"]["name"] for r, _ in found}), ("threat models", threats)):
+        if len(names) > 1:
+            raise UserError(f"one figure shows one of the {what}, the records have {', '.join(sorted(names))}")
+    labels = [r["model"]["label"] for r, _ in found]
+    if doubles := sorted({label for label in labels if labels.count(label) > 1}):
+        raise UserError(f"one figure shows one record of each model, there are several of {', '.join(doubles)}")
+    (record, threat), *_ = found
+    curves = {
+        r["model"]["label"]: (
+            [(p, a) for p, a in t["curve"]],
+            {name: row["spent"] for name, row in t["per_attack"].items() if row.get("spent") is not None},
+        )
+        for r, t in found
+    }
+    return f"accuracy under {record['suite']['name']}, {UNITS[threat['norm']]} {threat['eps']:.4g} (%)", curves
+
+
+def _value_at(points: CostCurve, passes: float) -> float:
+    return [a for p, a in points if p <= passes][-1]
 
 
 def curves_of(records: Sequence[Mapping[str, Any]]) -> tuple[str, str, dict[str, Curve]]:

@@ -1,14 +1,15 @@
 """A leaderboard is a folder of records: ``entries/*.json``, and beside them the tables made from nothing else.
 
     board.yaml    title, suite (the one that ranks), norm, eps, note; all optional
-    entries/      one record per model, suite and threat model
+    entries/      one record per model, suite and threat model; or a claim: a row that was not measured by robustlab
     ledgers/      the per-sample verdicts behind a record, under the record's name, where they were kept
     index.md      the tables; index.csv: every row of them
 
 Only like is ranked with like: a section holds the records of one suite (every parameter of it), threat model, data set, split,
-number of images and precision. Within it, rows are sorted by robust accuracy and grouped: a group starts with the best row
+number of images and precision. A suite that stands in for another gives upper bounds: they rank by what the audit leaves of them,
+and not at all without one. Within a section, rows are sorted by robust accuracy and grouped: a group starts with the best row
 that is left and takes every following row whose interval overlaps that of the group's first. The data do not tell the rows of
-one group apart.
+one group apart. Claims stand at the end of the section of their data set, norm and radius, without a rank.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from robustlab.files import atomic_write, exclusive, sha256
+from robustlab.files import atomic_write, exclusive, sha256, write_json
+from robustlab.results.claim import Claim, claim_from_card, norm_of_path, read_card, read_claim
 from robustlab.results.record import Record, ThreatRow, read_record
 from robustlab.types import UserError
 
@@ -42,13 +44,13 @@ TEMPLATE = """\
 
 {{ s.facts }}
 
-| rank | model | trainer | fidelity | clean % | robust % | 95 % interval | n | eps | corruptions % | forwards | backwards \
-| seconds | links |
-|---:|---|---|---|---:|---:|:---:|---:|---:|---:|---:|---:|---:|---|
+|{% for c in s | columns %} {{ c.title }} |{% endfor %}
+
+|{% for c in s | columns %}{{ c.rule }}|{% endfor %}
+
 {% for r in s.rows -%}
-| {{ r.rank or "-" }} | {{ r.model | cell }} | {{ r.trainer | cell }} | {{ r.fidelity | cell }} | {{ r.clean | percent }} \
-| {{ r.robust | percent }} | {{ r | interval }} | {{ r.n }} | {{ r.radius }} | {{ r.corruption | percent }} \
-| {{ r.forwards | count }} | {{ r.backwards | count }} | {{ r.seconds | count }} | {{ r.links }} |
+|{% for c in s | columns %} {{ c.show(r) }} |{% endfor %}
+
 {% endfor %}
 {%- endfor %}
 {% for w in sweeps %}
@@ -76,7 +78,10 @@ No records yet.
 {% endif %}
 
 Models of one rank are not told apart: their intervals (Wilson, 95 %) overlap that of the first of the rank. Accuracies are
-fractions of all n images. Forwards, backwards and seconds are what the suite's attacks spent per image.
+fractions of all n images. Forwards, backwards and seconds are what the suite's attacks spent per image.{% if claims %}
+ Rows that are claimed
+(by the model's authors) or external (measured by others) were not measured here and have no rank.{% endif %}
+
 """
 
 
@@ -84,7 +89,8 @@ fractions of all n images. Forwards, backwards and seconds are what the suite's 
 class Row:
     """One model in one section; accuracies are fractions, costs per image.
 
-    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it.
+    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it; ``bound`` is by how many points the robust
+    accuracy may be too high, where an audit says so.
     """
 
     model: str
@@ -94,13 +100,13 @@ class Row:
     robust: float | None
     low: float | None
     high: float | None
-    n: int
+    n: int | None
     norm: str | None
     eps: float | None
     corruption: float | None
-    forwards: float
-    backwards: float
-    seconds: float
+    forwards: float | None
+    backwards: float | None
+    seconds: float | None
     suite: str
     data: str
     precision: str
@@ -109,17 +115,30 @@ class Row:
     radius: str = "-"
     runs: int = 1
     rank: int | None = None
+    bound: float | None = None
+    best_known: float | None = None
+    unreliable: bool | None = None
+    extra_data: bool | None = None
+    architecture: str | None = None
+    venue: str | None = None
+    provenance: str = "ours"
+    model_hash: str | None = None
+    checkpoint: str | None = None
     links: str = field(default="", repr=False)
 
 
 @dataclass
 class Section:
-    """Rows that rank together. ``series`` names what sections of a suite with several radii have in common."""
+    """Rows that rank together.
+
+    ``series`` names what sections of a suite with several radii have in common, ``exact`` the suite that this one stands in for.
+    """
 
     heading: str
     facts: str
     rows: list[Row]
     series: str | None = None
+    exact: str | None = None
 
 
 @dataclass
@@ -162,16 +181,40 @@ def build(board_dir: str | Path) -> tuple[Path, Path]:
         UserError: no such folder, a bad ``board.yaml`` or a bad record; one line for each.
     """
     folder = Path(board_dir)
-    board, found = read_board(folder), sections(folder)
-    markdown, table = folder / "index.md", folder / "index.csv"
-    curve = "curve.png" if (folder / "curve.png").exists() else None
-    atomic_write(markdown, render(board, found, curve))
-    atomic_write(table, _csv(found))
+    written = tables(folder)
+    for name, text in written.items():
+        atomic_write(folder / name, text)
+    markdown, table = (folder / name for name in written)
     return markdown, table
 
 
-def add(board_dir: str | Path, record_path: str | Path, ledger: str | Path | None = None) -> Path:
+def tables(folder: Path) -> dict[str, str]:
+    """File name to content of what :func:`build` writes.
+
+    Raises:
+        UserError: as :func:`build`.
+    """
+    board, found = read_board(folder), sections(folder)
+    curve = "curve.png" if (folder / "curve.png").exists() else None
+    return {"index.md": render(board, found, curve), "index.csv": _csv(found)}
+
+
+def add(
+    board_dir: str | Path,
+    record_path: str | Path,
+    ledger: str | Path | None = None,
+    *,
+    kind: Literal["ours", "claimed", "external"] = "ours",
+    link: str | None = None,
+    norm: str | None = None,
+) -> Path:
     """Copy a record into a board, with its ledger if that lies beside it (``ledger.jsonl``) or is named.
+
+    Args:
+        board_dir, record_path: the board; the record, or (claimed or external) one of RobustBench's ``model_info`` files.
+        ledger: of the record, where it does not lie beside it.
+        kind, link: for what was not measured here: who says so, and where. A RobustBench file names its own link.
+        norm: of a RobustBench file that does not lie in a folder ``Linf``, ``L2`` or ``corruptions``.
 
     Returns:
         The entry's path. Adding the same record again changes nothing.
@@ -179,8 +222,18 @@ def add(board_dir: str | Path, record_path: str | Path, ledger: str | Path | Non
     Raises:
         UserError: a bad record; a ledger that is not the record's; an entry of this model, suite and threat model that differs.
     """
-    folder, record = Path(board_dir), read_record(record_path)
+    folder = Path(board_dir)
+    if kind != "ours" and "schema_version" not in peek(record_path):
+        card = read_card(record_path)
+        claim = claim_from_card(card, kind, link, norm or norm_of_path(record_path))
+        return _put(folder, _file_name([claim.label, kind, claim.data, claim.norm or "corruptions"]), claim.model_dump(mode="json"))
+    record = read_record(record_path)
     name = entry_name(record)
+    if kind != "ours":
+        if link is None:
+            raise UserError(f"{record_path}: {kind} by whom? give the link to the source")
+        theirs = record.model_copy(update={"provenance": record.provenance.model_copy(update={"kind": kind, "link": link})})
+        return _put(folder, name, theirs.model_dump(mode="json"))
     target, raw = folder / ENTRIES / f"{name}.json", Path(record_path).read_bytes()
     beside = Path(record_path).with_name("ledger.jsonl") if ledger is None else Path(ledger)
     with exclusive(folder):
@@ -205,7 +258,21 @@ def entry_name(record: Record) -> str:
     parts.append(f"n{record.data.n}")
     parts += [f"seed{record.seed}"] if record.seed else []
     parts += [record.precision] if record.precision != "fp32" else []
+    return _file_name(parts)
+
+
+def _file_name(parts: Iterable[str]) -> str:
     return "--".join(re.sub(r"[^A-Za-z0-9._+-]+", "-", p).strip("-.") or "x" for p in parts)
+
+
+def _put(folder: Path, name: str, value: dict[str, Any]) -> Path:
+    """Write an entry, unless another one of this name is there."""
+    target = folder / ENTRIES / f"{name}.json"
+    with exclusive(folder):
+        if target.exists() and peek(target) != value:
+            raise UserError(f"{target}: holds another result for this model, suite and threat model; remove it to replace it")
+        write_json(target, value)
+    return target
 
 
 def read_board(folder: Path) -> Board:
@@ -237,14 +304,19 @@ def read_board(folder: Path) -> Board:
     return Board(**{"title": f"Leaderboard: {folder.resolve().name}", **raw})
 
 
-def sections(board_dir: str | Path) -> list[Section]:
+def sections(board_dir: str | Path, extra: Mapping[Path, Record] | None = None) -> list[Section]:
     """The tables of a board: that of the board's own suite and threat model first, models without an attack result last.
+
+    Args:
+        board_dir: the board.
+        extra: records that are not in it, or replace one, by the path that they would have.
 
     Raises:
         UserError: as :func:`build`.
     """
     folder = Path(board_dir)
-    board, records = read_board(folder), _records(folder)
+    board, known = read_board(folder), entries(folder)
+    records = sorted(({path: r for path, r in known if isinstance(r, Record)} | dict(extra or {})).items())
     groups: dict[tuple[Any, ...], list[tuple[Path, Record, ThreatRow | None]]] = {}
     ranked: set[tuple[Any, ...]] = set()
     for path, r in records:
@@ -263,12 +335,14 @@ def sections(board_dir: str | Path) -> list[Section]:
     out = []
     for key in sorted(groups, key=lambda k: _order(k, board)):
         rows = [_row(folder, path, r, t, corruption.get((_model(r), _data(r))), ambiguous) for path, r, t in groups[key]]
-        rows = _rank(_worst(rows))
         _, first, threat = groups[key][0]
+        exact = threat.audit.suite if threat is not None and threat.audit is not None else None
+        rows = _rank(_worst(rows), bounds=exact is not None)
         swept = all(len(r.metrics.threats) > 1 for _, r, _ in groups[key])
         series = _canonical([*key[0], *key[1:4], key[5]]) if swept else None
-        out.append(Section(_heading(first, threat), _facts(first, threat, key in _variants(groups)), rows, series))
-    return out
+        facts = _facts(first, threat, key in _variants(groups)) + _near(key, groups)
+        out.append(Section(_heading(first, threat), facts, rows, series, exact))
+    return _with_claims(out, [(path.relative_to(folder).as_posix(), c) for path, c in known if isinstance(c, Claim)])
 
 
 def sweeps(found: list[Section]) -> list[Sweep]:
@@ -318,29 +392,184 @@ def render(board: Board, found: list[Section], curve: str | None = None) -> str:
 
     env = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False, keep_trailing_newline=True)
     env.filters.update(
-        cell=lambda v: "-" if v is None else re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(v).split())),
+        cell=_cell,
         percent=lambda v: "-" if v is None else f"{100 * (v.robust if isinstance(v, Row) else v):.2f}",
-        count=lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
-        interval=lambda r: "-" if r is None or r.low is None else f"{100 * r.low:.2f} - {100 * r.high:.2f}",
+        interval=_interval,
+        columns=columns_of,
     )
     ranked = [s for s in found if s.series is None]
-    return env.from_string(TEMPLATE).render(board=board, ranked=ranked, sweeps=sweeps(found), curve=curve)
+    claims = any(r.provenance != "ours" for s in ranked for r in s.rows)
+    return env.from_string(TEMPLATE).render(board=board, ranked=ranked, sweeps=sweeps(found), curve=curve, claims=claims)
 
 
-# ------------------------------------------------------------------------------------------------------------ private
+@dataclass(frozen=True)
+class Column:
+    """One column of a section's table: its title, the Markdown rule under it, and what it shows of a row."""
+
+    title: str
+    rule: str
+    show: Callable[[Row], str]
+    always: bool = False
 
 
-def _records(folder: Path) -> list[tuple[Path, Record]]:
-    found: list[tuple[Path, Record]] = []
+def _cell(value: Any) -> str:
+    return "-" if value is None else re.sub(r"([|\\`*_<>\[\]])", r"\\\1", " ".join(str(value).split()))
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _count(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _interval(row: Row | None) -> str:
+    return "-" if row is None or row.low is None or row.high is None else f"{100 * row.low:.2f} - {100 * row.high:.2f}"
+
+
+def _yes(value: bool | None) -> str:
+    return "-" if value is None else "yes" if value else "no"
+
+
+# RobustBench's columns in its order, then what it does not show.
+COLUMNS = (
+    Column("rank", "---:", lambda r: str(r.rank or "-"), True),
+    Column("model", "---", lambda r: _cell(r.model), True),
+    Column("clean %", "---:", lambda r: _percent(r.clean), True),
+    Column("robust %", "---:", lambda r: _percent(r.robust), True),
+    Column("too high by %", "---:", lambda r: "-" if r.bound is None else f"at most {r.bound:.2f}"),
+    Column("best known %", "---:", lambda r: _percent(r.best_known)),
+    Column("unreliable", "---", lambda r: _yes(r.unreliable)),
+    Column("extra data", "---", lambda r: _yes(r.extra_data)),
+    Column("architecture", "---", lambda r: _cell(r.architecture)),
+    Column("venue", "---", lambda r: _cell(r.venue)),
+    Column("95 % interval", ":---:", _interval, True),
+    Column("n", "---:", lambda r: "-" if r.n is None else str(r.n), True),
+    Column("eps", "---:", lambda r: r.radius, True),
+    Column("corruptions %", "---:", lambda r: _percent(r.corruption)),
+    Column("trainer", "---", lambda r: _cell(r.trainer)),
+    Column("fidelity", "---", lambda r: _cell(r.fidelity)),
+    Column("forwards", "---:", lambda r: _count(r.forwards)),
+    Column("backwards", "---:", lambda r: _count(r.backwards)),
+    Column("seconds", "---:", lambda r: _count(r.seconds)),
+    Column("provenance", "---", lambda r: r.provenance, True),
+    Column("links", "---", lambda r: r.links, True),
+)
+
+
+def columns_of(section: Section) -> list[Column]:
+    """The columns in which a row of the section has something to show."""
+    return [c for c in COLUMNS if c.always or any(c.show(r) != "-" for r in section.rows)]
+
+
+def entries(folder: Path) -> list[tuple[Path, Record | Claim]]:
+    """The records and claims of a board, by file name.
+
+    Raises:
+        UserError: one line for each that is none.
+    """
+    found: list[tuple[Path, Record | Claim]] = []
     lines: list[str] = []
     for path in sorted((folder / ENTRIES).glob("*.json")):
         try:
-            found.append((path, read_record(path)))
+            claim = "claim_version" in peek(path)
+            found.append((path, read_claim(path) if claim else read_record(path)))
         except UserError as error:
             lines += error.lines
     if lines:
         raise UserError(*lines)
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------ private
+
+
+def _with_claims(found: list[Section], claims: list[tuple[str, Claim]]) -> list[Section]:
+    """Each claim at the end of the first section of its data set, norm and radius; the others in sections of their own."""
+    rest: dict[str, Section] = {}
+    for entry, c in claims:
+        row = _claim_row(entry, c)
+
+        def fits(section: Section, row: Row = row, data: str = c.data) -> bool:
+            first = section.rows[0]
+            return (
+                section.series is None
+                and section.exact is None
+                and (first.data.split("/")[0], first.norm, first.eps) == (data, row.norm, row.eps)
+            )
+
+        place = next((s for s in found if fits(s)), None)
+        if place is None:
+            heading = f"{c.data}, {c.norm} {row.radius}" if c.norm else f"{c.data}, corruptions"
+            place = rest.setdefault(heading, Section(f"{heading}, not measured here", "Claimed and external figures.", []))
+        place.rows.append(row)
+    for section in [*found, *rest.values()]:
+        measured = [r for r in section.rows if r.venue is None or r.provenance == "ours"]
+        told = [r for r in section.rows if r not in measured]
+        section.rows = [*measured, *sorted(told, key=lambda r: (-_score(r)[0], -r.clean, r.model))]
+    return [*found, *rest.values()]
+
+
+def _claim_row(entry: str, c: Claim) -> Row:
+    card = c.card or {}
+    return Row(
+        model=c.label,
+        trainer=None,
+        fidelity=None,
+        clean=c.clean,
+        robust=c.robust,
+        low=None,
+        high=None,
+        n=c.n,
+        norm=c.norm,
+        eps=c.eps,
+        corruption=c.corruption,
+        forwards=None,
+        backwards=None,
+        seconds=None,
+        suite="-",
+        data=c.data,
+        precision="-",
+        entry=entry,
+        config=None,
+        radius="-" if c.eps is None else format_eps(c.eps, c.norm),
+        best_known=c.best_known,
+        unreliable=c.unreliable,
+        extra_data=card.get("additional_data"),
+        architecture=card.get("architecture"),
+        venue=card.get("venue") or "-",
+        provenance=c.kind,
+        links=f"[entry]({entry}) [source]({c.link})",
+    )
+
+
+def _near(key: tuple[Any, ...], groups: Iterable[tuple[Any, ...]]) -> str:
+    """A note where another section has nearly the same radius: 0.031 is not 8/255."""
+    data, suite, resolved, norm, eps, precision = key
+    close = sorted(
+        {
+            k[4]
+            for k in groups
+            if (k[0], k[1], k[2], k[3], k[5]) == (data, suite, resolved, norm, precision)
+            and k[4]
+            and eps
+            and 0 < abs(k[4] / eps - 1) < 0.05
+        }
+    )
+    if not close:
+        return ""
+    others = ", ".join(format_eps(e, norm) for e in close)
+    return f" {format_eps(eps, norm)} ({eps:.6g}) is not {others}: the radii differ, so these models rank apart."
+
+
+def peek(path: str | Path) -> Any:
+    """The JSON of a file, or an empty object: for telling what kind of entry it is."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _model(r: Record) -> tuple[str, str]:
@@ -406,15 +635,21 @@ def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: f
         entry=path.relative_to(folder).as_posix(),
         config=r.provenance.config,
         radius="-" if t is None else format_eps(t.eps, t.norm),
+        bound=t.audit.points if t is not None and t.audit is not None and t.bounded else None,
+        unreliable=None if r.reliability is None or r.reliability.verdict is None else r.reliability.verdict == "fail",
+        architecture=r.model.architecture,
+        provenance=r.provenance.kind,
+        model_hash=r.model.hash,
+        checkpoint=r.model.checkpoint,
     )
-    row.links = _links(folder, row)
+    row.links = _links(folder, row) + (f" [source]({r.provenance.link})" if r.provenance.link else "")
     return row
 
 
 def _links(folder: Path, row: Row) -> str:
     links = [f"[record]({row.entry})"]
-    if row.config and (target := _locate(folder, row.config)):
-        links.append(f"[config]({target})")
+    if row.config and (path := find_above(folder, row.config)):
+        links.append(f"[config]({Path(os.path.relpath(path, folder.resolve())).as_posix()})")
     elif row.config:
         links.append(f"`{row.config}`")
     ledger = Path(LEDGERS) / Path(row.entry).with_suffix(".jsonl").name
@@ -423,14 +658,16 @@ def _links(folder: Path, row: Row) -> str:
     return " ".join(links)
 
 
-def _locate(folder: Path, config: str) -> str | None:
-    """A configuration's path as seen from the board, if a folder above the board holds it."""
-    if Path(config).is_absolute():
+def link_pairs(links: str) -> list[tuple[str, str]]:
+    """The text and address of each Markdown link of a row."""
+    return re.findall(r"\[([^\]]+)\]\(([^)]+)\)", links)
+
+
+def find_above(folder: Path, name: str) -> Path | None:
+    """The file of a relative name, in the first folder above the board (or the board itself) that holds it."""
+    if Path(name).is_absolute():
         return None
-    for above in [folder.resolve(), *folder.resolve().parents]:
-        if (above / config).is_file():
-            return Path(os.path.relpath(above / config, folder.resolve())).as_posix()
-    return None
+    return next((above / name for above in (folder.resolve(), *folder.resolve().parents) if (above / name).is_file()), None)
 
 
 def _worst(rows: list[Row]) -> list[Row]:
@@ -452,10 +689,13 @@ def _score(row: Row) -> tuple[float, float, str]:
     return main, row.clean, row.entry
 
 
-def _rank(rows: list[Row]) -> list[Row]:
-    rows = sorted(rows, key=lambda r: (-_score(r)[0], -r.clean, r.model, r.entry))
-    if all(r.low is not None for r in rows):
-        for row, rank in zip(rows, rank_groups([(r.low or 0.0, r.high or 0.0) for r in rows]), strict=True):
+def _rank(rows: list[Row], bounds: bool) -> list[Row]:
+    """Sort and rank; of upper bounds only those that an audit limits, by intervals that reach down to the limit."""
+    rows = sorted(rows, key=lambda r: (bounds and r.bound is None, -_score(r)[0], -r.clean, r.model, r.entry))
+    able = [r for r in rows if r.provenance == "ours" and not (bounds and r.bound is None)]
+    if all(r.low is not None for r in able):
+        intervals = [((r.low or 0.0) - (r.bound or 0.0) / 100, r.high or 0.0) for r in able]
+        for row, rank in zip(able, rank_groups(intervals), strict=True):
             row.rank = rank
     return rows
 
@@ -463,8 +703,10 @@ def _rank(rows: list[Row]) -> list[Row]:
 def _heading(r: Record, t: ThreatRow | None) -> str:
     if t is None:
         return f"{r.data.name}, no attack"
-    return f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}" + (
-        "" if r.precision == "fp32" else f", {r.precision}"
+    return (
+        f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}"
+        + ("" if r.precision == "fp32" else f", {r.precision}")
+        + ("" if t.audit is None else ": upper bounds")
     )
 
 
@@ -472,13 +714,18 @@ def _facts(r: Record, t: ThreatRow | None, variant: bool) -> str:
     text = f"The first {r.data.n} {r.data.split} images (fingerprint `{r.data.fingerprint[:12]}`)."
     if r.precision != "fp32":
         text += f" The search ran in {r.precision}; these figures do not compare with full precision."
+    if t is not None and t.audit is not None:
+        text += (
+            f" Upper bounds on the robust accuracy under {t.audit.suite}, beside which they do not rank; the audit says by how many"
+            " points at most they are too high (95 %). A record without one has no rank: `robustlab evaluate --resume --audit N`."
+        )
     if variant and t is not None:
         text += f" Suite parameters: `{_canonical(r.suite.resolved)}`."
     return text
 
 
 def _csv(found: list[Section]) -> str:
-    names = [f for f in Row.__dataclass_fields__ if f not in ("links", "radius")]
+    names = [f for f in Row.__dataclass_fields__ if f not in ("links", "radius", "model_hash", "checkpoint")]
     names.insert(0, names.pop(names.index("rank")))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -88,6 +88,7 @@ class AttackRow(_Strict):
     reached: Annotated[float, Field(ge=0)]
     outside: Number
     flags: list[str] = []
+    spent: Annotated[float, Field(ge=0)] | None = None
 
 
 class Cost(_Strict):
@@ -98,7 +99,28 @@ class Cost(_Strict):
     backwards_per_sample: Annotated[float, Field(ge=0)]
 
 
+class AuditRow(_Strict):
+    """The audit of a suite that stands in for another (``suite``); see ``evaluation.Result.threats``.
+
+    Without an audit every one of the ``survivors`` that were not given the exact suite may be lost: ``left`` is their number.
+    """
+
+    suite: str
+    survivors: Number
+    audited: Number
+    misses: Number
+    left: Number
+    points: Annotated[float, Field(ge=0, le=100)]
+    looks: Number
+    seed: int
+    forwards: Number
+    backwards: Number
+    seconds: Annotated[float, Field(ge=0)]
+
+
 class ThreatRow(_Strict):
+    """``curve``: robust accuracy against passes per image, (passes, accuracy) in order; see ``evaluation.result.cost_curve``."""
+
     norm: Norm
     eps: Annotated[float, Field(ge=0)]
     k: Number
@@ -106,6 +128,13 @@ class ThreatRow(_Strict):
     interval: tuple[Share, Share]
     per_attack: dict[str, AttackRow]
     cost: Cost
+    curve: list[tuple[Annotated[float, Field(ge=0)], Share]] | None = None
+    audit: AuditRow | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the accuracy is that of its suite, or comes with the bound of an audit on what it leaves open."""
+        return self.audit is None or self.audit.audited > 0 or self.audit.survivors == 0
 
 
 class Metrics(_Strict):
@@ -120,10 +149,20 @@ class Metrics(_Strict):
 
 
 class Provenance(_Strict):
-    """Where the number comes from. ``ledger`` is the SHA-256 of the file with the per-sample verdicts."""
+    """Where the number comes from.
 
+    Attributes:
+        kind, link: ``ours``: its ledger is at hand; ``claimed`` by the model's authors, or ``external``: measured by others; then
+            ``link`` is their source.
+        config, config_hash: the training's configuration: its path and the SHA-256 of the file as it was read.
+        ledger: the SHA-256 of the file with the per-sample verdicts.
+    """
+
+    kind: Literal["ours", "claimed", "external"] = "ours"
+    link: str | None = None
     command: str | None = None
     config: str | None = None
+    config_hash: str | None = None
     commit: str | None = None
     date: str
     ledger: str | None = None
@@ -177,6 +216,7 @@ def record_from(
     data: Mapping[str, Any],
     command: str | None = None,
     config: str | None = None,
+    config_hash: str | None = None,
     commit: str | None = None,
     date: str | None = None,
 ) -> Record:
@@ -186,7 +226,8 @@ def record_from(
         result: an ``evaluation.Result``, or its ``to_dict()``.
         model: ``name label checkpoint trainer fidelity architecture parameters``; only ``name`` is needed.
         data: ``name`` and ``split``; a ``fingerprint`` replaces the one of the evaluated images.
-        command, config, commit: the command line, the path of the training's configuration, the code's commit.
+        command, config, config_hash, commit: the command line, the path of the training's configuration and its SHA-256, the
+            code's commit.
         date: ISO 8601; None is now, in UTC.
 
     Raises:
@@ -209,6 +250,7 @@ def record_from(
             "provenance": {
                 "command": command,
                 "config": config,
+                "config_hash": config_hash,
                 "commit": commit,
                 "date": date or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "ledger": sha256(ledger) if ledger and Path(ledger).exists() else None,
@@ -260,18 +302,19 @@ def _validated(raw: Mapping[str, Any], where: str) -> Record:
     try:
         record = Record.model_validate(raw)
     except ValidationError as errors:
-        raise UserError(*(f"{where}: {_message(e)}" for e in errors.errors())) from None
+        raise UserError(*(f"{where}: {message(e, Record)}" for e in errors.errors())) from None
     if wrong := _inconsistent(record):
         raise UserError(f"{where}: {wrong}")
     return record
 
 
-def _message(error: Any) -> str:
+def message(error: Any, model: type[BaseModel]) -> str:
+    """One of pydantic's errors about a model in one line, with the nearest key for an unknown one."""
     key, parent = ".".join(map(str, error["loc"])), error["loc"][:-1]
     if error["type"] == "missing":
         return f"{key}: missing"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(parent), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(error["loc"][-1]), _keys_at(parent, model), n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f" (did you mean '{near[0]}'?)" if near else "")
     text = error["msg"][0].lower() + error["msg"][1:]
     value = error.get("input")
@@ -279,9 +322,9 @@ def _message(error: Any) -> str:
     return f"{key}: {text}, got {shown}"
 
 
-def _keys_at(place: tuple[Any, ...]) -> list[str]:
-    """The keys that a record may have at a place."""
-    found: Any = Record
+def _keys_at(place: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
+    """The keys that a model may have at a place."""
+    found: Any = model
     for part in place:
         hint = found.model_fields[part].annotation if hasattr(found, "model_fields") and part in found.model_fields else None
         models = [h for h in (hint, *getattr(hint, "__args__", ())) if isinstance(h, type) and issubclass(h, BaseModel)]
@@ -305,6 +348,8 @@ def _inconsistent(r: Record) -> str | None:
             return (
                 f"metrics.threats.{i}: {t.k} robust of {r.metrics.clean.k} correct and {n} in all does not fit {t.robust_accuracy}"
             )
+        if t.audit is not None and not t.audit.misses <= t.audit.audited <= t.audit.survivors - t.audit.left <= r.metrics.clean.k:
+            return f"metrics.threats.{i}.audit: {t.audit.model_dump(include={'survivors', 'audited', 'misses', 'left'})} do not fit"
     if r.metrics.robust is not None and (not r.metrics.threats or r.metrics.threats[0].k != r.metrics.robust.k):
         return "metrics.robust: differs from the first of metrics.threats"
     if (r.threat is None) != (r.metrics.robust is None):

@@ -7,6 +7,7 @@ are looked at or saved."""
 from __future__ import annotations
 
 import contextlib
+import datetime
 import inspect
 import os
 from collections.abc import Iterator, Sequence
@@ -54,15 +55,63 @@ def joined(device: torch.device) -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Alone()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield Processes()
-    except RuntimeError as error:  # both backends raise it, or a subclass, when another process has gone
-        if "onnection" not in str(error) and not isinstance(error, dist.DistError):
+    except RuntimeError as error:
+        if not _broken(error):
             raise
-        raise UserError(f"process {dist.get_rank()}: another process of this run has ended; see what it said") from error
+        raise _another_ended() from error
     finally:
+        _leave()
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[World]:
+    """The processes that ``torchrun`` started, each on work of its own, or a world of one.
+
+    They only wait for each other, however long: gloo carries that, whatever they compute on. The first that fails says why; the
+    others end without a word.
+
+    Raises:
+        UserError: what this process raised, or that another has ended; without a line where another process has said it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Alone()
+        return
+    store, rank, size = next(iter(dist.rendezvous("env://")))
+    failures = dist.PrefixStore("failures", store)
+    try:
+        own = dist.PrefixStore("processes", store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=datetime.timedelta(days=7))
+        yield Processes()
+    except (UserError, RuntimeError) as error:
+        ended = not isinstance(error, UserError)
+        if ended and not _broken(error):
+            raise
+        try:
+            first = failures.add("count", 1) == 1
+        except RuntimeError:  # the process that keeps the count has ended
+            first = True
+        if not first:
+            raise UserError() from error
+        raise (_another_ended() if ended else error) from error
+    finally:
+        _leave()
+
+
+def _broken(error: RuntimeError) -> bool:
+    """Whether the error says that another process has gone: both backends raise RuntimeError, or a subclass, for it."""
+    return "onnection" in str(error) or isinstance(error, dist.DistError)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _another_ended() -> UserError:
+    return UserError(f"process {os.environ.get('RANK')}: another process of this run has ended; see what it said")
 
 
 def local_device(device: torch.device) -> torch.device:

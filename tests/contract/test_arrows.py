@@ -105,7 +105,8 @@ def nothing_imports_the_command_line(tree: Tree) -> list[str]:
 
 
 def only_the_surface_imports_commands(tree: Tree) -> list[str]:
-    return [f"{p} imports commands" for p, m in tree.items() if "commands" in own(m) and p not in ("cli.py", "__init__.py")]
+    surface = ("cli.py", "__init__.py", "auditing.py", "reporting.py")
+    return [f"{p} imports commands" for p, m in tree.items() if "commands" in own(m) and p not in surface]
 
 
 def _layer(call: ast.Call) -> bool:
@@ -145,7 +146,7 @@ def optional_packages_only_inside_functions(tree: Tree) -> list[str]:
 
 
 def only_the_schema_knows_pydantic(tree: Tree) -> list[str]:
-    allowed = ("config.py", "hints.py", "results/record.py")
+    allowed = ("config.py", "hints.py", "results/record.py", "results/claim.py")
     return [f"{p} imports {n}" for p, m in tree.items() for n in imports(m) if n.split(".")[0] == "pydantic" and p not in allowed]
 
 

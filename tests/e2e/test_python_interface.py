@@ -41,6 +41,33 @@ def test_a_checkpoint_alone_gives_the_model_back_and_it_can_be_attacked_and_scor
     assert result.cost["backwards"] > 0
 
 
+def test_the_reliability_report_is_made_unless_asked_otherwise_and_costs_a_tenth_at_most(trained, digits):
+    f, rows = rl.load_model(str(trained)), 0
+
+    def count(module, args, out):
+        nonlocal rows
+        rows += len(out)
+
+    f.register_forward_hook(count)
+
+    def cost(suite, **options):
+        nonlocal rows
+        rows = 0
+        return rl.evaluate(f, digits, suite, norm="linf", eps=0.1, **options), rows
+
+    result, with_report = cost("pgd-50-10")
+    plain, without = cost("pgd-50-10", reliability=False)
+    assert torch.equal(result.robust, plain.robust)
+    assert result.reliability["verdict"] is not None
+    assert plain.reliability is None
+    assert with_report - without == result.reliability["forwards"] > 0
+    assert sum(result.reliability[k] for k in ("forwards", "backwards")) <= 0.1 * (plain.cost["forwards"] + plain.cost["backwards"])
+    result, with_report = cost("pgd-20", num_examples=1)
+    assert with_report == cost("pgd-20", num_examples=1, reliability=False)[1]
+    assert result.reliability["verdict"] is None
+    assert cost("pgd-20", batch_size=8, shard=(1, 3))[0].reliability is None
+
+
 def test_data_may_be_a_dataset_or_a_loader_and_the_verdicts_are_the_same(trained, digits):
     x, y = digits
     f = rl.load_model(str(trained))
