@@ -37,6 +37,7 @@ from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm
 
+SCHEDULE = 10_000  # queries that the window sizes were made for
 FEW = 8  # speculate with at most so many samples left
 
 
@@ -53,6 +54,8 @@ class Square(Attack):
         p_init: the share of the image that the first windows cover.
         speculate: with at most 8 samples left, judge several proposals of each at once. The same results from fewer and larger
             forward passes, about a quarter more rows in all; how many depends on the batch.
+        rescale: run through the schedule of window sizes, which was made for 10,000 queries, in the queries there are; AutoAttack
+            does not.
     """
 
     norms = ("linf", "l2", "l1")
@@ -62,6 +65,7 @@ class Square(Attack):
     queries: Count = 5000
     p_init: Fraction = 0.8
     speculate: bool = False
+    rescale: bool = False
 
     @torch.no_grad()
     def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
@@ -73,7 +77,7 @@ class Square(Attack):
         cost = passes(x, 1, 0)
         asked = cost[:, 0].clone()
         s = square_walk.Search(row, x[row], y[row], out[row], value[row], out, cost, asked)
-        how = square_walk.How(norm, eps, self.queries, self.p_init, rng)
+        how = square_walk.How(norm, eps, self.queries, self.p_init, SCHEDULE / self.queries if self.rescale else 1.0, rng)
         first = square_walk.in_step(f, s, how, FEW if self.speculate else 0)
         square_walk.ahead(f, s, how, first)
         out[s.row] = s.best

@@ -20,13 +20,18 @@ WIDE = 16  # proposals that are judged at once, at most
 
 
 class How(NamedTuple):
-    """The threat model, the budget, and the draws."""
+    """The threat model, the budget, how fast the schedule of window sizes runs, and the draws."""
 
     norm: str
     eps: float
     queries: int
     p_init: float
+    pace: float
     rng: Rng
+
+    def side(self, query: int, shape: torch.Size) -> int:
+        """The window's, at the place in the schedule that a query has."""
+        return side(self.p_init, int(query * self.pace), shape, self.norm)
 
     def draws(self, row: Tensor, q: int, channels: int) -> Tensor:
         """What the block of queries from ``q`` on needs, for some samples: (n, BLOCK, 5 + C)."""
@@ -74,7 +79,7 @@ def in_step(f: Classifier, s: Search, how: How, few: int) -> int:
             return q
         if q % BLOCK == 0:
             draws = how.draws(s.row, q, s.out.shape[1])
-        new, moved = propose(how.norm, s.x0, s.best, how.eps, side(how.p_init, q, s.out.shape, how.norm), draws[:, q % BLOCK])
+        new, moved = propose(how.norm, s.x0, s.best, how.eps, how.side(q, s.out.shape), draws[:, q % BLOCK])
         at = moved.nonzero().squeeze(1)
         if len(at) == 0:
             continue
@@ -138,7 +143,7 @@ def ahead(f: Classifier, s: Search, how: How, first: int) -> None:
 
 def _proposals(s: Search, how: How, who: Tensor, u: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
     """The proposals with these numbers, for the samples ``who``, from where each is: points, and which of them are new."""
-    sides = torch.tensor([side(how.p_init, q, s.out.shape, how.norm) for q in numbers], device=who.device)
+    sides = torch.tensor([how.side(q, s.out.shape) for q in numbers], device=who.device)
     new, moved = torch.empty_like(s.x0[who]), torch.empty_like(who, dtype=torch.bool)
     for size in sides.unique().tolist():
         at = (sides == size).nonzero().squeeze(1)
