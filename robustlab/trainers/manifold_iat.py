@@ -20,6 +20,8 @@ from robustlab.types import Stage
 class ManifoldIat(Iat):
     """Trains on clean and adversarial images that are mixed at a random layer, half and half."""
 
+    fidelity = "paper-verified"
+
     inner: tuple[Stage, ...] = (
         Craft(attack=PGD(steps=7, rel_step=0.25)),
         ManifoldMixup(alpha=2.0, on="clean", to="clean_mix"),
