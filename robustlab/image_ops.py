@@ -2,7 +2,8 @@
 
 Conventions are those of the public corruption benchmarks (Hendrycks and Dietterich, ICLR 2019), so that results can be compared:
 
-- borders mirror the image without repeating the edge pixel (OpenCV's reflect-101), however small the image is;
+- borders mirror the image without repeating the edge pixel (OpenCV's reflect-101) unless a function says otherwise, however
+  small the image is;
 - filters correlate, they do not flip the kernel;
 - results return to 8 bits by truncation, as their ``np.uint8(255 x)`` does, not by rounding. That darkens every corrupted
   image by half a level on average, and is part of the benchmark.
@@ -10,13 +11,19 @@ Conventions are those of the public corruption benchmarks (Hendrycks and Dietter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from robustlab.rng import Rng
+
 T = TypeVar("T")
+Border = Literal["edge", "mirror", "symmetric"]  # aa|abc|cc, cb|abc|ba, ba|abc|cb
 
 # Single precision cannot tell 128 from 127.99999; a value that is closer than this to the next level counts as that level.
 LEVEL_SLACK = 2.0**-12
@@ -33,9 +40,30 @@ def at_severity(values: Sequence[T], severity: int) -> T:
     return values[int(severity) - 1]
 
 
+def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any, Tensor, int, Rng], Tensor]:
+    """For a corruption's ``__call__``: work on a few images at a time, for the cache of a CPU and the memory of a device.
+
+    Nothing else changes: an image's result does not depend on its batch.
+    """
+
+    @wraps(call)
+    def chunked(self: Any, x: Tensor, severity: int, rng: Rng) -> Tensor:
+        values = max(math.prod(x.shape[1:]), 1)
+        step = max(1, (2**19 if x.device.type == "cpu" else 2**26) // values)
+        if len(x) <= step:
+            return call(self, x, severity, rng) if len(x) else x.clone()
+        parts = [slice(i, i + step) for i in range(0, len(x), step)]
+        out = torch.empty_like(x)
+        for rows in parts:
+            out[rows] = call(self, x[rows], severity, rng.select(rows))  # type: ignore[arg-type]
+        return out
+
+    return chunked
+
+
 def quantize(x: Tensor) -> Tensor:
     """Clip to [0, 1] and truncate to the levels 0/255 .. 255/255."""
-    return (x.clamp(0.0, 1.0) * 255 + LEVEL_SLACK).floor().clamp_max(255) / 255
+    return x.clamp(0.0, 1.0).mul_(255).add_(LEVEL_SLACK).floor_().div_(255)
 
 
 def mirrored(n: int, by: int, device: torch.device) -> Tensor:
@@ -45,18 +73,111 @@ def mirrored(n: int, by: int, device: torch.device) -> Tensor:
     return torch.minimum(i, period - i) if n > 1 else torch.zeros_like(i)
 
 
-def filter2d(x: Tensor, kernel: Tensor) -> Tensor:
-    """Correlate every channel with one kernel (h, w) of odd sides, mirrored borders; the size stays.
+def extend(x: Tensor, dim: int, by: int, border: Border) -> Tensor:
+    """The images, longer by ``by`` pixels on both ends of one dimension (-2: rows, -1: columns)."""
+    n = x.shape[dim]
+    i = mirrored(n, by, x.device) if border == "mirror" else torch.arange(-by, n + by, device=x.device)
+    if border == "symmetric":
+        i = i.remainder(2 * n)
+        i = torch.minimum(i, 2 * n - 1 - i)
+    i = i.clamp(0, n - 1)
+    return torch.cat([x.index_select(dim, i[:by]), x, x.index_select(dim, i[by + n :])], dim)
+
+
+def gaussian_blur(x: Tensor, sigma: float | tuple[float, float], truncate: float = 4.0, border: Border = "edge") -> Tensor:
+    """Smooth with a Gaussian of ``sigma`` pixels (or one for the rows and one for the columns), cut off at ``truncate`` sigmas.
+
+    A sum over the taps: exact in any batch, and no autocast or TF32 mode lowers the precision.
+    """
+    for dim, s in zip((-2, -1), sigma if isinstance(sigma, tuple) else (sigma, sigma), strict=True):
+        n, radius = x.shape[dim], int(truncate * s + 0.5)
+        if radius == 0:
+            continue
+        w = [math.exp(-0.5 * (k / s) ** 2) for k in range(-radius, radius + 1)]
+        longer, total = extend(x, dim, radius, border), sum(w)
+        x = longer.narrow(dim, 0, n) * (w[0] / total)
+        for k in range(1, 2 * radius + 1):
+            x.add_(longer.narrow(dim, k, n), alpha=w[k] / total)
+    return x
+
+
+def motion_kernel(angle: Tensor, radius: int, sigma: float, size: tuple[int, int]) -> Tensor:
+    """The path of a camera that moves for an exposure, for each image: (N, 1, 4 radius + 1, 4 radius + 1), its start in the middle.
+
+    ImageMagick's: 2 radius + 1 steps of one pixel in the direction ``angle``, rounded to pixels, step i weighted by
+    exp(-i^2 / 2 sigma^2), the weights' sum one. Steps that leave an image of ``size`` are lost, with their weight.
+
+    Args:
+        angle: (N,), radians; at 0 each pixel gathers from its right, at pi/2 from below.
+        radius: pixels.
+        sigma: pixels.
+        size: height and width of the image.
+    """
+    side = 4 * radius + 1
+    i = torch.arange(2 * radius + 1, device=angle.device, dtype=torch.float64)
+    weight = (-0.5 * (i / sigma).square()).exp()
+    a = angle.double()[:, None]
+    dy, dx = (torch.ceil(i * a.sin() - 0.5).long(), torch.ceil(i * a.cos() - 0.5).long())
+    inside = (dy.abs() < size[0]) & (dx.abs() < size[1])
+    kernel = torch.zeros(len(angle), side * side, device=angle.device, dtype=torch.float64)
+    kernel.scatter_add_(1, (dy + 2 * radius) * side + dx + 2 * radius, weight / weight.sum() * inside.cumprod(1))
+    return kernel.view(-1, 1, side, side)
+
+
+def middle(size: Sequence[int], factor: float) -> list[int]:
+    """Height and width of the middle that ``enlarged`` by ``factor`` fills an image of ``size``: ceil(size / factor)."""
+    return [math.ceil(n / factor) for n in size]
+
+
+def enlarged(x: Tensor, factor: float, size: Sequence[int]) -> Tensor:
+    """Enlarge bilinearly to round(``factor`` times the size), corners on corners (``scipy.ndimage.zoom``), and cut to ``size``."""
+    larger = [max(round(m * factor), n) for m, n in zip(x.shape[-2:], size, strict=True)]
+    x = F.interpolate(x, size=larger, mode="bilinear", align_corners=True)
+    top, left = ((m - n) // 2 for n, m in zip(size, larger, strict=True))
+    return x[..., top : top + size[0], left : left + size[1]]
+
+
+def zoomed(x: Tensor, factor: float) -> Tensor:
+    """Enlarge the middle of the images by ``factor`` >= 1; the size stays."""
+    size = x.shape[-2:]
+    inner = middle(size, factor)
+    top, left = ((n - m) // 2 for n, m in zip(size, inner, strict=True))
+    return enlarged(x[..., top : top + inner[0], left : left + inner[1]], factor, size)
+
+
+def sample(x: Tensor, rows: Tensor, columns: Tensor, border: Literal["mirror", "symmetric", "zero"]) -> Tensor:
+    """Bilinear values at positions (N, h, w) in pixels, where 0 is the centre of the first row or column."""
+    corners, grid = border == "mirror", []
+    for at, n in ((columns, x.shape[-1]), (rows, x.shape[-2])):
+        grid.append(at * (2 / max(n - 1, 1)) - 1 if corners else (2 * at + 1) / n - 1)
+    mode = "zeros" if border == "zero" else "reflection"
+    return F.grid_sample(x, torch.stack(grid, -1), mode="bilinear", padding_mode=mode, align_corners=corners)
+
+
+def luminance(x: Tensor) -> Tensor:
+    """Grey images (N, 1, H, W): 0.299 red + 0.587 green + 0.114 blue; of one channel, itself."""
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3] if x.shape[1] == 3 else x
+
+
+def filter2d(x: Tensor, kernel: Tensor, border: Border = "mirror") -> Tensor:
+    """Correlate every channel with one kernel (h, w), or each image with its own (N, 1, h, w), of odd sides; the size stays.
 
     It goes through the Fourier transform: the cost hardly depends on the kernel, and no autocast or TF32 mode lowers the precision.
     """
     height, width = x.shape[-2:]
-    rows = mirrored(height, kernel.shape[0] // 2, x.device)
-    columns = mirrored(width, kernel.shape[1] // 2, x.device)
-    padded = x[..., rows[:, None], columns]
-    size = padded.shape[-2:]
-    response = torch.fft.rfft2(kernel.to(padded), s=size).conj()
-    return torch.fft.irfft2(torch.fft.rfft2(padded) * response, s=size)[..., :height, :width]
+    kernel = kernel.to(x)
+    padded = extend(extend(x, -2, kernel.shape[-2] // 2, border), -1, kernel.shape[-1] // 2, border)
+    size = [fast_length(n) for n in padded.shape[-2:]]
+    response = torch.fft.rfft2(kernel, s=size).conj()
+    return torch.fft.irfft2(torch.fft.rfft2(padded, s=size) * response, s=size)[..., :height, :width]
+
+
+@cache
+def fast_length(n: int) -> int:
+    """The next length whose Fourier transform is fast: no prime factor above 5."""
+    while (60**20 % n) != 0:  # n divides a power of 2, 3 and 5 (of lengths up to 2^20)
+        n += 1
+    return n
 
 
 def gaussian_kernel(side: int, sigma: float) -> Tensor:

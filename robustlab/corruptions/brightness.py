@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustlab.image_ops import at_severity, quantize
+from robustlab.image_ops import at_severity, in_chunks, quantize
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Corruption
@@ -33,6 +33,7 @@ class Brightness(Corruption):
 
     table: Literal["cifar", "imagenet"] = "cifar"
 
+    @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         v = x.amax(1, keepdim=True)
         brighter = (v + at_severity(C[self.table], severity)).clamp_max(1.0)

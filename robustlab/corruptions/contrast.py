@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from robustlab.image_ops import at_severity, quantize
+from robustlab.image_ops import at_severity, in_chunks, quantize
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Corruption
@@ -29,6 +29,7 @@ class Contrast(Corruption):
 
     table: Literal["cifar", "imagenet"] = "cifar"
 
+    @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         m = x.mean((2, 3), keepdim=True)
         return quantize((x - m) * at_severity(C[self.table], severity) + m)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from robustlab.image_ops import at_severity, disk_kernel, filter2d, quantize
+from robustlab.image_ops import at_severity, disk_kernel, filter2d, in_chunks, quantize
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Corruption
@@ -36,5 +36,6 @@ class DefocusBlur(Corruption):
 
     table: Literal["cifar", "imagenet"] = "cifar"
 
+    @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         return quantize(filter2d(x, kernel(*at_severity(RADIUS_BLUR[self.table], severity))))

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustlab.image_ops import at_severity, quantize
+from robustlab.image_ops import at_severity, in_chunks, quantize
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Corruption
@@ -30,6 +30,7 @@ class ImpulseNoise(Corruption):
 
     table: Literal["cifar", "imagenet"] = "cifar"
 
+    @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         p = at_severity(P[self.table], severity)
         u = rng.child("noise", severity).uniform(x.shape[1:])

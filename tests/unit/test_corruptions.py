@@ -23,6 +23,13 @@ DEFOCUS = {
 }
 SIGMA = {"cifar": (0.04, 0.06, 0.08, 0.09, 0.1), "imagenet": (0.08, 0.12, 0.18, 0.26, 0.38)}
 IMPULSE = {"cifar": (0.01, 0.02, 0.03, 0.05, 0.07), "imagenet": (0.03, 0.06, 0.09, 0.17, 0.27)}
+# Where the published tables do not grow: (name, table).
+NOT_MONOTONE = {
+    ("defocus_blur", "cifar"),
+    ("elastic_transform", "cifar"),
+    ("fog", "imagenet"),
+    *((name, table) for name in ("frost", "glass_blur", "saturate", "spatter") for table in ("cifar", "imagenet")),
+}
 
 
 def images(n, c, side, seed=0):
@@ -161,10 +168,7 @@ def test_more_severe_is_further_away(name):
     for table in TABLES:
         change = [float((corrupt(x, name, s, table) - x).abs().mean()) for s in range(1, 6)]
         assert change[0] > 0
-        if (name, table) != (
-            "defocus_blur",
-            "cifar",
-        ):  # its table narrows the blur at severity 4: a disk of 5 pixels against aliasing
+        if (name, table) not in NOT_MONOTONE:
             assert change == sorted(change), (table, change)
 
 
