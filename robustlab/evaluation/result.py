@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,14 @@ class Tally:
     flags: list[str] = field(default_factory=list)
     spent: dict[int, float] = field(default_factory=dict)  # passes by the sample's position; a line without them shares its total
     survived: dict[int, int] = field(default_factory=dict)
+    confidence: dict[int, float] = field(default_factory=dict)  # by the sample's position, where the line tells it
 
     def add(self, entry: dict[str, Any]) -> None:
         n = len(entry["verdict"])
         mean = (entry["forwards"] + entry["backwards"]) / max(n, 1)
         self.spent.update(zip(entry["index"], map(sum, entry["passes"]) if "passes" in entry else [mean] * n, strict=True))
         self.survived.update(zip(entry["index"], entry["verdict"], strict=True))
+        self.confidence.update(zip(entry["index"], entry.get("confidence", ()), strict="confidence" in entry))
         self.given += n
         self.correct += sum(entry["verdict"])
         self.forwards += entry["forwards"]
@@ -66,6 +69,7 @@ class Result:
         verdicts: ``robust`` for each of ``threats``.
         corruptions: for each corruption the accuracy at each severity (keys ``"1"`` to ``"5"``) and their ``mean``.
         corruption_accuracy: the mean over the corruptions, or None.
+        corruption_scores: what they come to, for corruption suites; see ``corruption_scores.scores``. None for others.
         cost: ``forwards backwards seconds`` in all, and per image. The forward that re-scores an attack's images is not the
             attack's and is not counted.
         suite: its name and every parameter (``resolved``).
@@ -101,6 +105,7 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     ledger: str | None = None
     reliability: dict[str, Any] | None = None
+    corruption_scores: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """One line: ``clean 95.31 % [90.1, 97.8], robust 73.44 % [65.2, 80.3] under pgd-20 (linf 0.1, n = 128)``."""
@@ -126,6 +131,7 @@ class Result:
             "threats": self.threats,
             "corruptions": self.corruptions,
             "corruption_accuracy": self.corruption_accuracy,
+            "corruption_scores": self.corruption_scores,
             "cost": self.cost,
             "suite": self.suite,
             "seed": self.seed,
@@ -248,6 +254,8 @@ def assemble(
     attacked: list[dict[str, Tally]],
     verdicts: list[Tensor],
     corrupted: dict[tuple[str, int], Tally],
+    corrupted_attacked: dict[tuple[str, int], Tally],
+    corruption_threat: Mapping[str, Any] | None,
     **known: Any,
 ) -> Result:
     """The result of ``n`` images.
@@ -257,11 +265,15 @@ def assemble(
         clean, right: the clean pass, and its verdicts (n,).
         threats, attacked, verdicts: norm and radius, tallies of the attacks and verdicts (n,) of each threat model.
         corrupted: tallies by corruption and severity.
+        corrupted_attacked, corruption_threat: those of the attack on corrupted images, and its norm and radius.
         known: the other fields of the result.
     """
+    from robustlab.evaluation.corruption_scores import scores
+
     rows = [threat_summary(*t, tallies, v, clean.correct) for t, tallies, v in zip(threats, attacked, verdicts, strict=True)]
     first, corruptions = rows[0] if rows else None, corruption_summary(corrupted, n)
-    everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values()]
+    everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values(), *corrupted_attacked.values()]
+    told = known["suite"]["resolved"]
     return Result(
         n=n,
         clean_accuracy=clean.correct / n,
@@ -275,6 +287,9 @@ def assemble(
         verdicts=verdicts,
         corruptions=corruptions,
         corruption_accuracy=sum(c["mean"] for c in corruptions.values()) / len(corruptions) if corruptions else None,
+        corruption_scores=scores(n, clean, corrupted, corrupted_attacked, told, corruption_threat)
+        if corrupted and "files" in told
+        else None,
         cost=cost_of(everything, n),
         **known,
     )
