@@ -27,6 +27,7 @@ Border = Literal["edge", "mirror", "symmetric"]  # aa|abc|cc, cb|abc|ba, ba|abc|
 
 # Single precision cannot tell 128 from 127.99999; a value that is closer than this to the next level counts as that level.
 LEVEL_SLACK = 2.0**-12
+CHUNK = {"cpu": 2**19}  # values that a corruption works on at a time; more on other devices
 
 
 def at_severity(values: Sequence[T], severity: int) -> T:
@@ -49,7 +50,7 @@ def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any,
     @wraps(call)
     def chunked(self: Any, x: Tensor, severity: int, rng: Rng) -> Tensor:
         values = max(math.prod(x.shape[1:]), 1)
-        step = max(1, (2**19 if x.device.type == "cpu" else 2**26) // values)
+        step = max(1, CHUNK.get(x.device.type, 2**26) // values)
         if len(x) <= step:
             return call(self, x, severity, rng) if len(x) else x.clone()
         parts = [slice(i, i + step) for i in range(0, len(x), step)]
@@ -152,6 +153,33 @@ def sample(x: Tensor, rows: Tensor, columns: Tensor, border: Literal["mirror", "
         grid.append(at * (2 / max(n - 1, 1)) - 1 if corners else (2 * at + 1) / n - 1)
     mode = "zeros" if border == "zero" else "reflection"
     return F.grid_sample(x, torch.stack(grid, -1), mode="bilinear", padding_mode=mode, align_corners=corners)
+
+
+def positions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (H, 1) and columns (W) of the pixels, float32."""
+    return (
+        torch.arange(x.shape[-2], device=x.device, dtype=torch.float32)[:, None],
+        torch.arange(x.shape[-1], device=x.device, dtype=torch.float32),
+    )
+
+
+def spectral_noise(amplitude: Tensor, rng: Rng, channels: int) -> Tensor:
+    """Noise (N, channels, H, W) of standard deviation one whose Fourier coefficients have given sizes and random phases.
+
+    The real part of a complex field, whose phases repeat: the right half of the centred spectrum is the left one turned by 180
+    degrees, about a point half a coefficient from the middle when a side is even. (So in C-bar.)
+
+    Args:
+        amplitude: (H, W), the zero frequency at [H // 2, W // 2].
+        rng: with tickets.
+        channels: of the noise.
+    """
+    height, width = amplitude.shape
+    phase = rng.uniform((channels, height, (width + 1) // 2), 0.0, 2 * torch.pi).to(amplitude.device)
+    phase = torch.cat([phase, phase[..., : width // 2].flip(-2, -1)], -1)
+    noise = torch.fft.ifft2(torch.fft.ifftshift(torch.polar(amplitude.expand_as(phase), phase), (-2, -1))).real
+    centred = noise - noise.mean((-2, -1), keepdim=True)
+    return noise / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def luminance(x: Tensor) -> Tensor:

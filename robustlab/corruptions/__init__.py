@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args, get_type_hints
+
 import torch
 from torch import Tensor
 
 from robustlab.registry import lookup, nearest
 from robustlab.rng import Rng
-from robustlab.types import UserError, check_images
+from robustlab.types import Corruption, UserError, check_images
 
 TABLES = ("cifar", "imagenet")
+
+
+def tables(corruption: type[Corruption]) -> tuple[str, ...]:
+    """The severity tables that a corruption has, of ``"cifar"`` and ``"imagenet"``."""
+    return get_args(get_type_hints(corruption)["table"])
 
 
 def corrupt(x: Tensor, name: str, severity: int, table: str = "cifar", seed: int = 0, index: Tensor | None = None) -> Tensor:
@@ -27,12 +34,14 @@ def corrupt(x: Tensor, name: str, severity: int, table: str = "cifar", seed: int
         Images (N, C, H, W), float32, on the levels k/255.
 
     Raises:
-        UserError: an unknown name, severity or table, or an index of another length.
+        UserError: an unknown name, severity or table, one that the corruption does not have, or an index of another length.
         ValueError: images outside [0, 1] or not four-dimensional.
     """
     corruption = lookup("corruption", name)
     if table not in TABLES:
         raise UserError(f"unknown table '{table}'{nearest(table, TABLES)}; expected one of {', '.join(TABLES)}")
+    if table not in tables(corruption):
+        raise UserError(f"'{name}' has no severities for the table '{table}', only for '{tables(corruption)[0]}'")
     if severity not in (1, 2, 3, 4, 5):
         raise UserError(f"severity must be 1, 2, 3, 4 or 5, got {severity}")
     check_images(x)
