@@ -28,6 +28,7 @@ from robustlab.hints import FRACTION, LARGEST, a, adapter, choices_of, describe,
 from robustlab.nodes import Dumper, Node, item_name, merge, override, parse, place, position, read, shape
 from robustlab.registry import entries, lookup, nearest
 from robustlab.types import (
+    CorruptionSuite,
     Count,
     Dataset,
     Model,
@@ -35,7 +36,6 @@ from robustlab.types import (
     Part,
     Positive,
     Schedule,
-    CorruptionSuite,
     Suite,
     Threat,
     Trainer,
@@ -498,7 +498,7 @@ def config_from(values: Mapping[str, Any]) -> Config:
 
 
 def load_suite(spec: str) -> Suite:
-    """A suite by name, as ``{name: cifar-c, severities: [3]}``, or from a YAML file with such fields (attacks, corruptions, eps, ...).
+    """A suite by name, as ``{name: cifar-c, severities: [3]}``, or from a YAML file with such fields (attacks, norms, ...).
 
     Raises:
         UserError: one line for each mistake.

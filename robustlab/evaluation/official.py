@@ -5,8 +5,8 @@
     ImageNet-C, ImageNet-C-bar, 3DCC,           <corruption>/<severity>/<wnid>/<image>.JPEG, perhaps below noise/, blur/, ...
     Tiny-ImageNet-C
 
-They belong to the n clean test images of a data set, which are scored too. Everything that can be told before the first pass is: a
-corruption that is not there, dtype, shape, count, labels. That images are in the order of the clean ones shows in their correlation,
+They belong to the n clean test images of a data set, which are scored too. What can be told before the first pass is: a corruption
+that is not there, dtype, shape, count, labels. That images are in the order of the clean ones shows in their correlation,
 that severities are in order in their distance. Arrays are mapped into memory; image files are read when they are asked for.
 """
 
@@ -125,7 +125,9 @@ class Arrays:
         c, h, w = clean.shape
         labels = _load(root / "labels.npy")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise UserError(f"{root / 'labels.npy'}: expected a vector of whole numbers, got shape {labels.shape} of {labels.dtype}")
+            raise UserError(
+                f"{root / 'labels.npy'}: expected a vector of whole numbers, got shape {labels.shape} of {labels.dtype}"
+            )
         _check_labels(root / "labels.npy", labels, clean.labels.numpy())
         digest = hashlib.sha256(np.ascontiguousarray(labels.astype(np.int64)).data)
         self.images = {}
@@ -202,7 +204,9 @@ class Folders:
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path}: cannot read the image: {error}") from None
         if pixels.shape[:2] != (h, w):
-            raise UserError(f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px, but the data set's images have {w}x{h}; give it that size")
+            raise UserError(
+                f"{path}: {pixels.shape[1]}x{pixels.shape[0]} px, but the data set's images have {w}x{h}; give it that size"
+            )
         return torch.from_numpy(pixels.reshape(h, w, c)).permute(2, 0, 1)
 
 

@@ -30,8 +30,8 @@ from robustlab import geometry
 from robustlab.evaluation.adversarial import Keeper
 from robustlab.evaluation.counting import Counter, per_sample
 from robustlab.evaluation.ledger import Ledger
-from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.official import Official, clean_of, open_official
+from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
 from robustlab.evaluation.shards import check_shard, mine
 from robustlab.evaluation.sources import Fingerprint, open_source
@@ -549,9 +549,7 @@ class _Run:
             masks[1:],
             self.corrupted,
             self.corrupted_attacked,
-            None
-            if self.corruption_threat is None
-            else {"norm": self.corruption_threat.norm, "eps": self.corruption_threat.eps},
+            None if self.corruption_threat is None else {"norm": self.corruption_threat.norm, "eps": self.corruption_threat.eps},
             seed=self.seed,
             precision=self.precision,
             fingerprint=self.fingerprint.value(),

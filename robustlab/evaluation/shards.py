@@ -190,4 +190,6 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             verdicts[names.index(threat_name(e["threat"]))][broken] = False
     threats, under = [(t["norm"], t["eps"]) for t in header["threats"]], header.get("corruption_threat")
     same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, corrupted_attacked, under, **same, **known)
+    return assemble(
+        n, clean, right, threats, list(attacked.values()), verdicts, corrupted, corrupted_attacked, under, **same, **known
+    )
