@@ -419,7 +419,8 @@ class _Run:
     def _search_corrupted(self, name: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor) -> dict[str, Any]:
         """Attack corrupted images that are classified correctly; ball and box are those around the corrupted image."""
         threat = self.corruption_threat
-        assert threat is not None and self.num_classes is not None
+        assert threat is not None
+        assert self.num_classes is not None
         if len(x) == 0:
             return self._write(None, name, [], [], 0, 0, 0.0, {})
         rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), name, attack.name)

@@ -60,8 +60,8 @@ def board_page(board: Mapping[str, Any], sections: Sequence[Mapping[str, Any]], 
 
     Args:
         board: ``title`` and ``note``.
-        sections: ``heading``, ``facts``, perhaps ``figure`` (the path of a PNG) and ``rows``, each row with the keys of ``results.leaderboard.Row`` and ``links``, pairs of
-            text and address.
+        sections: ``heading``, ``facts``, perhaps ``figure`` (the path of a PNG) and ``rows``, each row with the keys of
+            ``results.leaderboard.Row`` and ``links``, pairs of text and address.
         sweeps: tables over several radii, as ``results.leaderboard.sweeps`` gives them.
         curve: a PNG that goes into the page, or None.
     """

@@ -8,8 +8,9 @@
 Only like is ranked with like: a section holds the records of one suite (every parameter of it), threat model, data set, split,
 number of images and precision. Within it, rows are sorted by robust accuracy and grouped: a group starts with the best row
 that is left and takes every following row whose interval overlaps that of the group's first. The data do not tell the rows of
-one group apart. Corruption suites have sections of their own, ranked by the mean accuracy; images made here and published files are
-different suites, so they never share one. Claims stand at the end of the section of their data set, norm and radius, without a rank.
+one group apart. Corruption suites have sections of their own, ranked by the mean accuracy; images made here and published
+files are different suites, so they never share one. Claims stand at the end of the section of their data set, norm and radius,
+without a rank.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class Row:
 class Section:
     """Rows that rank together.
 
-    ``series`` names what sections of a suite with several radii have in common; ``figure`` the accuracy matrix of a corruption suite.
+    ``series`` names what sections of a suite with several radii have in common; ``figure`` is a corruption suite's.
     """
 
     heading: str
@@ -632,9 +633,9 @@ def _order(key: tuple[Any, ...], board: Board) -> tuple[Any, ...]:
         and (board.eps is None or (eps is not None and abs(board.eps - eps) < 1e-9))
     )
     return (
-        suite is None or norm is None,
         suite is None,
         not wanted,
+        norm is None,
         precision != "fp32",
         suite or "",
         norm or "",
