@@ -288,15 +288,15 @@ def corruption_grid(rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    wide = 2 if len(rows) > 8 else 1
+    wide, margin = 2 if len(rows) > 8 else 1, 0.25 + 0.068 * max(len(name) for name, _ in rows)
     deep = -(-len(rows) // wide)
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(wide * (1.3 + 0.8 * len(columns)), 0.42 + 0.8 * deep), dpi=160)
+        figure = Figure(figsize=(wide * (margin + 0.8 * len(columns)), 0.42 + 0.8 * deep), dpi=160)
         FigureCanvasAgg(figure)
         width, height = figure.get_size_inches()
         for i, (name, images) in enumerate(rows):
             block, row = divmod(i, deep)
-            left = block * (1.3 + 0.8 * len(columns)) + 1.25
+            left = block * (margin + 0.8 * len(columns)) + margin - 0.05
             bottom = height - 0.35 - 0.8 * (row + 1)
             figure.text(
                 (left - 0.08) / width, (bottom + 0.38) / height, name.replace("_", " "), ha="right", va="center", fontsize=8
