@@ -81,7 +81,7 @@ def evaluate(
         reliability: examine afterwards whether the attacks' verdicts can be believed, for at most 10 % of their passes more
             (nothing where that is too few to say anything).
         options: of ``robustlab.evaluation.runner.evaluate``: ``batch_size device precision num_examples out resume shard
-            save_adversarial progress``. A shard is not examined.
+            save_adversarial audit audit_bound progress``. A shard is not examined.
 
     Returns:
         ``clean_accuracy robust_accuracy interval per_attack robust cost reliability`` and more.

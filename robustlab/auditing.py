@@ -217,7 +217,7 @@ def loss_against_steps(s: Subject) -> list[dict[str, float]]:
     out = []
     with frozen(s.f):
         for steps in STEPS:
-            pgd = configuration.build("attack", "pgd", steps=steps, rel_step=max(0.1, 1 / steps))
+            pgd = configuration.build("attack", "pgd", steps=steps, rel_step=min(1.0, 2.5 / steps))
             x_adv, _ = _attacked(s, pgd, s.threat, f"pgd {steps}")
             z = _logits(s, x_adv)
             value = losses.cross_entropy(z.float(), one_hot(s.y, s.num_classes)).nan_to_num(posinf=1e4).mean()

@@ -83,6 +83,7 @@ def train(
     for label, metrics in (("best", outcome.best), ("last", outcome.metrics)):
         line = console.accuracies_text(metrics, attack)
         console.out.print(f"{label}  epoch {metrics['epoch']:>3}  {line}  {folder / label}.safetensors", markup=False)
+    console.out.print(console.gap_text(outcome.best, outcome.metrics, attack), markup=False)
     console.err.print(f"next: robustlab evaluate {folder / 'best.safetensors'}", markup=False)
 
 
@@ -116,6 +117,13 @@ def evaluate(
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="One of N pieces, such as 2/5; then `robustlab merge`.")] = None,
     save_adversarial: Annotated[
         Path | None, typer.Option("--save-adversarial", help="Keep the adversarial images: a .npz or .safetensors file.")
+    ] = None,
+    audit: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="autoattack-fast and its like: give N random survivors the exact suite; 0: none."),
+    ] = None,
+    audit_bound: Annotated[
+        float | None, typer.Option(min=0, max=100, metavar="P", help="Audit until at most P points can have been missed (95 %).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the records as JSON.")] = False,
 ) -> None:
@@ -156,6 +164,8 @@ def evaluate(
                     reliability=reliability,
                     shard=piece,
                     save_adversarial=save_adversarial,
+                    audit=audit,
+                    audit_bound=audit_bound,
                     progress=screen,
                     world=world,
                 )
@@ -215,6 +225,60 @@ def audit(
     for reason in found["verdict"]["reasons"]:
         console.out.print(f"  {reason}", markup=False)
     console.out.print(f"  {page}", markup=False, style="dim")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs.")],
+    out: Annotated[Path | None, typer.Option(help="The page; default: report.html in the first run's folder.")] = None,
+    data_root: DataRoot = None,
+) -> None:
+    """One HTML page on training runs: curves, guards, images under attack, the loss around images and weights."""
+    from robustlab import reporting
+    from robustlab.report import console
+
+    page = out or runs[0] / "report.html"
+    root = str(data_root) if data_root else None
+    reporting.report(runs, page, data_root=root, progress=lambda text: console.err.print(text, markup=False, style="dim"))
+    console.out.print(f"wrote {page}", markup=False)
+
+
+@app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    second: Annotated[Path, typer.Argument(help="Another.")],
+    suite: Annotated[str, typer.Option(help="Attacks for the paired test.")] = "pgd-20",
+    num_examples: Annotated[int, typer.Option("--num-examples", "-n", min=1, help="The first N test images.")] = 500,
+    checkpoint: Annotated[str, typer.Option(help="best or last.")] = "best",
+    data_root: DataRoot = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what differs as JSON.")] = False,
+) -> None:
+    """Say how two runs differ: configuration, metrics, and a paired test on the same test images."""
+    from robustlab import reporting
+    from robustlab.report import console
+
+    if checkpoint not in reporting.CHECKPOINTS:
+        raise UserError(f"--checkpoint {checkpoint}: expected best or last")
+    root = str(data_root) if data_root else None
+    found = reporting.compare_runs(first, second, suite=suite, num_examples=num_examples, data_root=root, checkpoint=checkpoint)
+    if as_json:
+        print(json.dumps(reporting.plain(found), indent=2))
+        return
+    console.out.print(console.diff_text(found), markup=False)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or a checkpoint.")],
+    target: Annotated[str, typer.Argument(help="hf:user/name, or a local folder that gets the same files.")],
+    record: Annotated[list[Path] | None, typer.Option(help="A record.json for the model card; may be repeated.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Of a repository that is made.")] = False,
+) -> None:
+    """Share a model: weights as safetensors, configuration and a model card with its measured results, in timm's hub layout."""
+    from robustlab import commands
+    from robustlab.report import console
+
+    console.out.print(f"wrote {commands.push(run, target, records=record or [], private=private)}", markup=False)
 
 
 @app.command()
@@ -470,14 +534,31 @@ def list_(
 
 
 @app.command()
-def explain(name: Annotated[str, typer.Argument(help="The name of anything that `list` shows.")]) -> None:
+def explain(
+    name: Annotated[str | None, typer.Argument(help="The name of anything that `list` shows.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Everything.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="With --all: write one page, with a search field.")] = None,
+) -> None:
     """Explain a part: its formula, source, fields with units and defaults, and what a trainer is made of."""
+    from robustlab.registry import FOLDERS, entries
     from robustlab.report import console
     from robustlab.report.explain import explain as text
     from robustlab.report.explain import find
 
+    if (name is None) != every:
+        raise UserError("explain: give a name, or --all" if name is None else f"explain: give '{name}' or --all, not both")
+    if html is not None:
+        from robustlab.files import atomic_write
+        from robustlab.report.reference import reference_page
+
+        if not every:
+            raise UserError("explain: --html goes with --all")
+        atomic_write(html, reference_page())
+        console.out.print(f"wrote {html}", markup=False)
+        return
     width = min(console.out.width, 100) if console.out.is_terminal else 100
-    console.out.print("\n\n\n".join(text(cls, width) for cls in find(name)), markup=False)
+    found = [cls for kind in FOLDERS for cls in entries(kind).values()] if name is None else find(name)
+    console.out.print("\n\n\n".join(text(cls, width) for cls in found), markup=False)
 
 
 @app.command()

@@ -29,7 +29,20 @@ from robustlab.modes import bn_mode, frozen
 from robustlab.nodes import parse
 from robustlab.outer import Outer, Precise, context_of
 from robustlab.rng import Rng
-from robustlab.types import Alone, Dataset, ImageSet, Model, Splits, Suite, Threat, Trainer, UserError, World, one_hot
+from robustlab.types import (
+    Alone,
+    BoundSuite,
+    Dataset,
+    ImageSet,
+    Model,
+    Splits,
+    Suite,
+    Threat,
+    Trainer,
+    UserError,
+    World,
+    one_hot,
+)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -79,7 +92,9 @@ def prepare(config: Config) -> tuple[Config, Splits, nn.Module]:
     Returns:
         The configuration with the model's open fields filled, the data, and the model on the CPU.
     """
-    splits = config.data.load()
+    from robustlab.data.extra import with_extra
+
+    splits = with_extra(config.data, config.data.load())
     for split in ("train", "validation"):
         if len(getattr(splits, split)) == 0:
             raise UserError(f"data: '{config.data.name}' has no {split} images here; they are needed to train")
@@ -142,6 +157,22 @@ def probe(f: nn.Module, images: ImageSet, config: Config, num_classes: int, devi
     return out | ({"val_robust": robust / min(p.num_examples, len(images))} if attack is not None else {})
 
 
+def watch(f: nn.Module, images: ImageSet, config: Config, num_classes: int, device: torch.device) -> float:
+    """Accuracy under PGD on the training images that the guard against catastrophic overfitting looks at."""
+    rule, threat = config.training.guards.overfitting, config.threat
+    assert rule is not None
+    attack = configuration.build("attack", "pgd", norm=threat.norm, eps=threat.eps, steps=rule.steps)
+    rng = Rng(config.seed).child("watch")
+    rows = rng.permutation(len(images))[: rule.num_examples]
+    callee, right = Precise(f, config.training.precision), 0
+    with frozen(f), bn_mode(f, "eval"):
+        for x, y, index in images.batches(rows.split(256), device):
+            x_adv, _ = attack.run(callee, x, one_hot(y, num_classes, x.dtype), rng.at(index))
+            with torch.no_grad():
+                right += int((callee(x_adv).argmax(-1) == y).sum())
+    return right / len(rows)
+
+
 def default_out(path: Path) -> Path:
     """``runs/<folder>/<name>`` of a configuration file."""
     return Path("runs") / path.resolve().parent.name / path.stem
@@ -191,7 +222,12 @@ def train(
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
         save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path, digest))
 
-    hooks = Hooks(lambda model: probe(model, splits.validation, config, splits.num_classes, device), export, progress)
+    hooks = Hooks(
+        lambda model: probe(model, splits.validation, config, splits.num_classes, device),
+        lambda model: watch(model, splits.train, config, splits.num_classes, device),
+        export,
+        progress,
+    )
     with distributed.joined(device) as world, contextlib.ExitStack() as stack:
         if world.rank == 0:
             stack.enter_context(exclusive(out))
@@ -222,7 +258,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Returns:
         ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
     """
-    from robustlab.training.loop import Plan, complete_trainer, loader
+    from robustlab.training.loop import complete_trainer, loader, plan_of, samples
     from robustlab.training.step import check_shards, train_step
     from robustlab.types import Alone
 
@@ -233,9 +269,10 @@ def dry_run(config: Config) -> dict[str, Any]:
     t = config.training
     f = f.to(device)
     check_shards(config.trainer, t.accumulation)
-    plan = Plan(len(splits.train), t.batch_size, t.accumulation, Alone())
+    plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
-    outer = Outer(f, trainer, context_of(f, splits.num_classes, len(splits.train), splits.image_shape), t.precision).to(device)
+    ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, batch_size=plan.size)
+    outer = Outer(f, trainer, ctx, t.precision).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     rng = Rng(config.seed)
     batches = loader(splits, plan, rng, 0, device)
@@ -269,7 +306,7 @@ def dry_run(config: Config) -> dict[str, Any]:
         "steps": plan.steps,
         "forwards": forwards / rows,
         "backwards": backwards / rows,
-        "seconds": warm[len(warm) // 2] * plan.steps * t.epochs,
+        "seconds": warm[len(warm) // 2] * plan.steps * trainer.replays * t.epochs,
         "device": str(device),
     }
 
@@ -320,7 +357,8 @@ def choose_data(name: str | None, meta: Mapping[str, Any] | None, root: str | No
         raise UserError(f"--data {name}: expected the name of a data set, or a mapping with one")
     if spec.get("name") == trained.get("name"):
         spec = {**trained, **spec}
-    spec.pop("augment", None)
+    for key in ("augment", "extra"):
+        spec.pop(key, None)
     return configuration.build("dataset", spec | ({"root": root} if root else {}))
 
 
@@ -370,6 +408,8 @@ def evaluate_one(
     reliability: bool = True,
     shard: tuple[int, int] | None = None,
     save_adversarial: Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     progress: Progress | None = None,
     world: World | None = None,
 ) -> list[tuple[Any, Path]]:
@@ -383,6 +423,7 @@ def evaluate_one(
         seed, num_examples, batch_size, precision, resume, reliability, save_adversarial, progress: as in
             ``evaluation.runner.evaluate``.
         device: ``auto``, ``cpu``, ``cuda``.
+        audit, audit_bound: as there, for the suites that have audits; at least one has to.
         out: folder; a result lies in ``out/<model>/<suite>``.
         shard: (i, n), one of n pieces; it lies in ``shard-i-of-n`` there, and its record is called ``shard.json``.
         world: several processes share the batches: each does one shard, the first puts them together. ``out`` is a folder that all
@@ -413,6 +454,9 @@ def evaluate_one(
         raise UserError(f"{spec}: give --suite; there are: {', '.join(registry.entries('suite'))}")
     if save_adversarial is not None and len(suites) > 1:
         raise UserError(f"--save-adversarial {save_adversarial}: one suite at a time, got {', '.join(s.name for s in suites)}")
+    asked = {"audit": audit, "audit_bound": audit_bound}
+    if asked != dict.fromkeys(asked) and not any(isinstance(s, BoundSuite) for s in suites):
+        raise UserError(f"--audit: {', '.join(s.name for s in suites)}: nothing is spared any attack here, so nothing to audit")
     trained = (meta or {}).get("threat", {})
     norm = norm or trained.get("norm")
     eps = eps if eps is not None else (trained.get("eps") if norm == trained.get("norm") else None)
@@ -457,6 +501,7 @@ def evaluate_one(
             shard=shard,
             save_adversarial=save_adversarial if not several else _own_file(save_adversarial, shard),
             progress=shown,
+            **(asked if isinstance(suite, BoundSuite) else {}),  # type: ignore[arg-type]
         )
         record = record_from(
             result,
@@ -749,3 +794,38 @@ def export_board(folder: Path, out: Path, about: Path | None = None) -> list[Pat
         write_json(path, card_from(record, told.get(row.model)).dump())
         written.append(path)
     return written
+
+
+def push(run: Path, target: str, *, records: Sequence[Path] = (), private: bool = False) -> str:
+    """Share a run's best checkpoint, in timm's hub layout with a model card.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        target: ``hf:user/name``, or a local folder that gets the same files.
+        records: results to put on the card; those of other weights are refused. Empty: those found below the run's folder.
+        private: of a repository that is made.
+
+    Returns:
+        The repository's address, or the folder.
+
+    Raises:
+        UserError: no checkpoint, a record of another model, or the hub refuses.
+    """
+    import tempfile
+
+    from robustlab.models import hub
+    from robustlab.models.checkpoint import read_meta
+    from robustlab.report.card import model_card
+    from robustlab.results.record import read_record
+
+    checkpoint = run / "best.safetensors" if run.is_dir() else run
+    meta, digest = read_meta(checkpoint), sha256(checkpoint)
+    found = [read_record(path) for path in (records or sorted(checkpoint.parent.rglob("record.json")))]
+    if records and (other := [str(p) for p, r in zip(records, found, strict=True) if r.model.checkpoint != digest]):
+        raise UserError(f"{other[0]}: a result of other weights than {checkpoint}")
+    rows = [r.model_dump(mode="json") for r in found if r.model.checkpoint == digest]
+    if not target.startswith(hub.PREFIX):
+        return str(hub.write_folder(checkpoint, target, model_card(meta, rows, target)))
+    with tempfile.TemporaryDirectory() as folder:
+        hub.write_folder(checkpoint, folder, model_card(meta, rows, target))
+        return hub.upload(folder, target, private=private)

@@ -28,9 +28,11 @@ from robustlab.hints import FRACTION, LARGEST, a, adapter, choices_of, describe,
 from robustlab.nodes import Dumper, Node, item_name, merge, override, parse, place, position, read, shape
 from robustlab.registry import entries, lookup, nearest
 from robustlab.types import (
+    Attack,
     CorruptionSuite,
     Count,
     Dataset,
+    Fraction,
     Model,
     Optimizer,
     Part,
@@ -66,16 +68,37 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class Overfitting:
+    """Catastrophic overfitting of single-step training, watched by PGD on training images after every epoch.
+
+    Attributes:
+        drop: how far the accuracy may fall below the best of the run.
+        num_examples: how many training images, drawn once, not augmented.
+        steps: of PGD.
+        act: ``stop``, or ``rollback``: once, back to the epoch before and on with ``attack`` in place of the trainer's own.
+        attack: what crafts after a rollback; null: PGD with 10 steps of eps / 4.
+    """
+
+    drop: Fraction = 0.2
+    num_examples: Count = 256
+    steps: Count = 10
+    act: Literal["stop", "rollback"] = "stop"
+    attack: Attack | None = None
+
+
+@dataclass(frozen=True)
 class Guards:
     """When training stops by itself.
 
     Attributes:
-        nan: stop at the first loss that is not finite.
+        nan: stop at the first loss, weight or running statistic that is not finite.
         collapse: stop when, after this many epochs, clean validation accuracy is still at chance level; null: never.
+        overfitting: what to do about catastrophic overfitting; null: do not look. For single-step trainers.
     """
 
     nan: bool = True
     collapse: Count | None = 5
+    overfitting: Overfitting | None = None
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
     linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
-    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. In l2 ``eps`` may be
-    one radius per sample (N,).
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. In l2 and l0 ``eps``
+    may be one radius per sample (N,).
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
@@ -131,6 +131,9 @@ def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
         return x0 + torch.zeros_like(move).scatter_(1, order, move).view_as(g) * g.sign()
     full = room * g.sign()
     gain = (full * g).sum(1).flatten(1)
+    if isinstance(eps, Tensor):
+        rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return x0 + full * (rank < eps.floor()[:, None]).view(len(g), 1, *g.shape[2:])
     k = min(int(eps), gain.shape[1])
     keep = torch.zeros_like(gain).scatter_(1, gain.topk(k, dim=1).indices, 1.0)
     return x0 + full * keep.view(len(g), 1, *g.shape[2:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -217,9 +218,13 @@ class OuterLoss:
         self._outer, self.world = (outer,), world  # in a tuple: a module must not become its own child
         self.wrapped: Any = None
 
+    @property
+    def outer(self) -> Outer:
+        return self._outer[0]
+
     def __call__(self, shard: Shard, *, stats: bool, sync: bool) -> tuple[Tensor, Terms]:
         views, rng = shard
-        outer = self._outer[0]
+        outer = self.outer
         call = self.wrapped if sync and self.wrapped is not None else outer
         with ambient(rng.batch_seed()):
             return call(views, rng, stats)
@@ -244,8 +249,110 @@ def gradient_at(loss: Any, shards: Sequence[Shard], leaves: Sequence[Tensor], on
     return list(loss.world.mean_(out))
 
 
-def backward(loss: Any, shards: Sequence[Shard], *, scale: float = 1.0, stats: bool = True, sync: bool = True) -> dict[str, Tensor]:
+class SampleForward:
+    """What losses call while one sample is looked at alone: other weights, the running statistics of BatchNorm."""
+
+    def __init__(self, f: nn.Module, params: Mapping[str, Tensor], views: Views, rng: Rng):
+        self.rng = rng
+        self._f, self._module, self._views = _Functional(f, params), f, views
+        self._logits: dict[str, Tensor] = {}
+        self._features: dict[str, Tensor] = {}
+
+    def __call__(self, view: str | View, *, params: Mapping[str, Tensor] | None = None) -> Tensor:
+        if isinstance(view, View):
+            return self._f(view.x)
+        if view not in self._logits:
+            kept: list[Tensor] = []
+            with tapped(self._module, (Tap("features", lambda h: (kept.append(h), h)[1]),)):
+                self._logits[view] = self._f(self._views[view].x)
+            self._features[view] = kept[-1].flatten(1)
+        return self._logits[view]
+
+    def features(self, name: str) -> Tensor:
+        self(name)
+        return self._features[name]
+
+
+def sample_gradient_norms(loss: Any, shard: Shard, chunk: int = 32) -> Tensor:
+    """The Euclidean length (N,) of the gradient of each sample's own loss at the trained weights, exactly.
+
+    Each sample is taken alone, in the precision of the weights, by the running statistics of BatchNorm and without dropout. Its
+    loss is the sum of the terms that have one value for each sample, without the samples' weights. Where a layer is perturbed or
+    mixed, or a loss contains a gradient, samples cannot be taken alone: then each costs a backward pass through the whole batch,
+    as it is in the step.
+
+    Args:
+        loss: of the step.
+        shard: its views and randomness.
+        chunk: how many gradients are held in memory at once.
+
+    Raises:
+        UserError: every term couples the batch.
+    """
+    views, rng = shard
+    outer = loss.outer
+    parts = (outer.trainer.objective, *outer.trainer.regularizers)
+    if any(v.taps for v in views.values()) or any(p.double_backward for p in parts):
+        return _row_gradient_norms(loss, shard, chunk)
+    params = {name: p.detach() for name, p in outer.f.named_parameters() if p.requires_grad}
+    rows = {name: _rows(view) for name, view in views.items()}
+
+    def value(params: Mapping[str, Tensor], row: dict[str, dict[str, Tensor]]) -> Tensor:
+        one = {name: View(**{k: v[None] for k, v in fields.items()}) for name, fields in row.items()}  # type: ignore[arg-type]
+        forward = SampleForward(outer.f, params, one, rng.child("loss"))
+        terms = [t for part in parts for t in outer.call(part, forward, one).values()]
+        return sample_losses(terms).sum()
+
+    def length(row: dict[str, dict[str, Tensor]]) -> Tensor:
+        grads = torch.func.grad(value)(params, row)
+        return torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+
+    with bn_mode(outer.f, "eval"), twice_differentiable():
+        return torch.func.vmap(length, chunk_size=chunk)(rows).detach()
+
+
+def _row_gradient_norms(loss: Any, shard: Shard, chunk: int) -> Tensor:
+    _, terms = loss(shard, stats=False, sync=False)
+    each, leaves = sample_losses(list(terms.values())), [p for p in loss.outer.f.parameters() if p.requires_grad]
+
+    def length(row: Tensor) -> Tensor:
+        grads = torch.autograd.grad(each, leaves, row, retain_graph=True, allow_unused=True)
+        return torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt()
+
+    with twice_differentiable():
+        return torch.func.vmap(length, chunk_size=chunk)(torch.eye(len(each), dtype=each.dtype, device=each.device)).detach()
+
+
+def _rows(view: View) -> dict[str, Tensor]:
+    return {k: v for k in ("x", "y", "key", "index", "weight") if (v := getattr(view, k)) is not None}
+
+
+def sample_losses(terms: Sequence[Term]) -> Tensor:
+    """Each sample's own loss (N,): the terms that have one value for each sample, without the samples' weights."""
+    own = [t.coef * t.value for t in terms if t.value.ndim]
+    if not own:
+        raise UserError("the gradient of each sample: every term of this loss couples the batch")
+    return torch.stack(own).sum(0)
+
+
+def weighted(terms: Terms, share: Tensor) -> Terms:
+    """The terms with every sample's values multiplied by its share (N,); terms that couple the batch stay as they are."""
+    both = {k: share if t.weight is None else share * t.weight for k, t in terms.items()}
+    return {k: replace(t, weight=both[k]) if t.value.ndim else t for k, t in terms.items()}
+
+
+def backward(
+    loss: Any,
+    shards: Sequence[Shard],
+    *,
+    scale: float = 1.0,
+    stats: bool = True,
+    sync: bool = True,
+    shares: Sequence[Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Add the gradient of ``scale`` times the mean loss to ``.grad``, synchronised once.
+
+    ``shares`` (N,) for each shard multiply the samples' losses.
 
     Returns:
         The named terms' values and ``"loss"``, detached, averaged over the shards.
@@ -255,6 +362,9 @@ def backward(loss: Any, shards: Sequence[Shard], *, scale: float = 1.0, stats: b
         last = i == len(shards) - 1
         with contextlib.nullcontext() if last and sync else loss.no_sync():
             value, terms = loss(shard, stats=stats, sync=True)
+            if shares is not None:
+                terms = weighted(terms, shares[i])
+                value = total(terms)
             (value * (scale / len(shards))).backward()
         for name, v in {"loss": value, **{k: reduce(t) for k, t in terms.items()}}.items():
             out[name] = out.get(name, 0.0) + v.detach() / len(shards)

@@ -26,6 +26,8 @@ def layer_names(f: nn.Module) -> list[str]:
 def find_layer(f: nn.Module, site: str) -> nn.Module:
     """The layer of that name, or with that unique dotted suffix; ``features`` is the last linear layer (tap its input).
 
+    ``stem``, in a model without a layer of that name, is the first convolution.
+
     Raises:
         UserError: no such layer, or several; the line lists the candidates.
     """
@@ -40,6 +42,9 @@ def find_layer(f: nn.Module, site: str) -> nn.Module:
     found = [name for name in modules if name.endswith(f".{site}")]
     if len(found) == 1:
         return modules[found[0]]
+    convolutions = [m for m in modules.values() if isinstance(m, nn.modules.conv._ConvNd)]
+    if site == "stem" and convolutions and not found:
+        return convolutions[0]
     if found:
         raise UserError(f"the layer name '{site}' is ambiguous: {', '.join(found)}")
     raise UserError(f"no layer '{site}'{nearest(site, modules)}; layers: {', '.join(modules)}")

@@ -152,6 +152,8 @@ class Context:
         num_samples: size of the training set.
         image_shape: (C, H, W).
         create_model: builds another model from a name and keyword arguments.
+        batch_size: images per optimizer step, over all processes and micro-batches; None where there is no loop.
+        steps, epochs: length of the whole run in optimizer steps and in epochs; None outside a run.
     """
 
     f: nn.Module
@@ -159,6 +161,9 @@ class Context:
     num_samples: int
     image_shape: tuple[int, int, int]
     create_model: Callable[..., nn.Module] | None = None
+    batch_size: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
 
 
 @runtime_checkable
@@ -290,10 +295,19 @@ class Attack(Part):
 
 
 class Stage(Part):
-    """Turns views into views: crafting, mixing, augmenting, refining labels. Fields ``on`` and ``to`` name views."""
+    """Turns views into views: crafting, mixing, augmenting, refining labels. Fields ``on`` and ``to`` name views.
+
+    Attributes:
+        crafts: True where it is the inner maximisation, so that another attack could stand in its place.
+        mixes: True where a row of the new view is no longer the sample of that row.
+        taps: True where the new view has perturbed or mixed layers.
+    """
 
     kind: ClassVar[str] = "stage"
+    crafts: ClassVar[bool] = False
     coupled: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+    taps: ClassVar[bool] = False
 
     def __call__(self, f: Classifier, views: Views, rng: Rng) -> Views:
         raise NotImplementedError
@@ -304,6 +318,7 @@ class Objective(Part):
 
     kind: ClassVar[str] = "objective"
     coupled: ClassVar[bool] = False
+    pairs: ClassVar[bool] = True  # compares the views in its fields `clean` and `adv` row by row
     features: ClassVar[tuple[str, ...]] = ()  # views whose pre-logits are needed
     double_backward: ClassVar[bool] = False
 
@@ -328,7 +343,10 @@ class GradientRule(Part):
 
 
 class Averaging(Part):
-    """What is evaluated instead of the live weights."""
+    """What is evaluated instead of the live weights.
+
+    A part with a field ``refresh`` gets BatchNorm statistics of its own, from that many training batches, before each look.
+    """
 
     kind: ClassVar[str] = "averaging"
 
@@ -367,6 +385,7 @@ class Trainer(Part):
         attack_bn: BatchNorm mode during ``inner``.
         bn_updates: the views whose forward passes update BatchNorm's running statistics.
         joint: groups of views that share one forward pass, and so their batch statistics.
+        replays: optimizer steps on each batch, which stays as it is: its augmentation, mixing and dropout too.
         allow_shards: accept micro-batches or several processes although a part couples the batch.
     """
 
@@ -382,19 +401,35 @@ class Trainer(Part):
     attack_bn: BnMode = "eval"
     bn_updates: tuple[str, ...] = ("clean",)
     joint: tuple[tuple[str, ...], ...] = ()
+    replays: Count = 1
     allow_shards: bool = False
 
     def __post_init__(self) -> None:
-        views = {"clean"}
+        rows: dict[str, object] = {"clean": None}  # which samples the rows of each view are: the stage that last mixed them
+        tapped: set[str] = set()  # views whose layers are perturbed or mixed: their rows are tied to their places
         for i, stage in enumerate(self.inner):
-            self._check(f"inner.{i}.on", getattr(stage, "on", "clean"), views)
-            views.add(getattr(stage, "to", "clean"))
+            on, to = getattr(stage, "on", "clean"), getattr(stage, "to", "clean")
+            self._check(f"inner.{i}.on", on, set(rows))
+            if on in tapped and (stage.mixes or (stage.crafts and not stage.taps)):
+                raise ValueError(f"inner.{i}: {stage.name} cannot work on the view '{on}', which has perturbed or mixed layers")
+            rows[to] = i if stage.mixes else rows.get(on)
+            tapped = tapped | {to} if stage.taps or on in tapped else tapped - {to}
+        views = set(rows)
         for where, part in [("objective", self.objective), *((f"regularizers.{i}", r) for i, r in enumerate(self.regularizers))]:
             for name in ("on", "clean", "adv"):
                 self._check(f"{where}.{name}", getattr(part, name, ()), views)
+            clean, adv = getattr(part, "clean", None), getattr(part, "adv", None)
+            if part.pairs and isinstance(clean, str) and isinstance(adv, str) and rows[clean] != rows[adv]:
+                raise ValueError(
+                    f"{where}: {part.name} compares the views '{clean}' and '{adv}' row by row, but they were mixed apart; "
+                    "mix before the attack, or name other views"
+                )
+        self._check("gradient.on", getattr(self.gradient, "on", ()), views)
         self._check("bn_updates", self.bn_updates, views)
         for group in self.joint:
             self._check("joint", group, views)
+            if len(group) > 1 and tapped.intersection(group):
+                raise ValueError(f"joint: {', '.join(group)} cannot share a pass: one has perturbed or mixed layers")
 
     def _check(self, where: str, wanted: str | tuple[str, ...], views: set[str]) -> None:
         for name in (wanted,) if isinstance(wanted, str) else wanted:
@@ -483,6 +518,24 @@ class CorruptionSuite(Suite):
             raise ValueError("size: published files are what they are; it is for images that are made here")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoundSuite(Suite):
+    """A suite that stands in for a dearer one: its robust accuracy is an upper bound on that of the dearer one.
+
+    Attributes:
+        exact: the name of the dearer suite.
+        leading: how many of the attacks every sample gets. The last of them reports ``info["nearness"]`` (N,): how far a survivor
+            is from being broken, in radii; not finite where that cannot be told.
+        near: survivors nearer than this, or where it is not finite, go on to the other attacks; the rest count as survivors.
+        audit: how many random survivors that did not get the exact suite's attacks get them in the end.
+    """
+
+    exact: str
+    leading: Count = 1
+    near: Positive = 0.25
+    audit: Whole = 0
+
+
 class ImageSet(Protocol):
     """Labelled images that can be visited in any order."""
 
@@ -507,6 +560,7 @@ class Splits:
         image_shape: (C, H, W).
         mean, std: per channel, of the training images in [0, 1].
         fingerprint: a hash of the test images and labels, for provenance.
+        extra: further training images; their targets are class probabilities (n, K).
     """
 
     train: ImageSet
@@ -517,10 +571,29 @@ class Splits:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    extra: ImageSet | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """Further training images: generated ones, or others with pseudo-labels.
+
+    Attributes:
+        path: an .npz file or a folder of .npy files with ``image`` (M, H, W, C) or (M, C, H, W), uint8, and ``label``, classes (M,)
+            or probabilities (M, K); ``x_train`` and ``y_train`` serve too. A relative path is looked for here, then under the root.
+        ratio: their share of each batch; 0 uses none.
+        smoothing: label smoothing of these images alone.
+        layout: of the images; auto finds it from the number of channels.
+    """
+
+    path: str
+    ratio: Fraction = 0.7
+    smoothing: Fraction = 0.1
+    layout: Literal["auto", "NHWC", "NCHW"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -530,12 +603,14 @@ class Dataset(Part):
     Attributes:
         root: folder with the files; None takes ``--data-root``, then ``$ROBUSTLAB_DATA``, then ``~/.cache/robustlab``.
         augment: stages applied to the training batch before everything else, such as ``flip_crop``.
+        extra: further training images, such as generated ones, at a fixed share of each batch.
     """
 
     kind: ClassVar[str] = "dataset"
 
     root: str | None = None
     augment: tuple[Stage, ...] = ()
+    extra: Extra | None = None
 
     def load(self) -> Splits:
         """Read (where torchvision offers it: download) the data.

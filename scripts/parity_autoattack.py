@@ -32,6 +32,7 @@ from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.runner import evaluate
 from robustlab.files import write_json
 from robustlab.models.checkpoint import load_model
+from robustlab.nodes import parse
 from robustlab.types import Suite, Threat
 from scripts.parity_apgd import image_fields
 
@@ -188,7 +189,7 @@ def main() -> int:
     parser.add_argument(
         "--model", default="runs/demo/trades/best.safetensors", help="checkpoint, timm:NAME or package.module:callable"
     )
-    parser.add_argument("--data", default="digits")
+    parser.add_argument("--data", default="digits", help="a data set's name, or a mapping such as '{name: npz, path: FILE}'")
     parser.add_argument("--num-examples", type=int, default=48)
     parser.add_argument("--norm", choices=NAMES, default="linf")
     parser.add_argument("--eps", type=float, default=0.1)
@@ -201,7 +202,9 @@ def main() -> int:
     args = parser.parse_args()
 
     f = load_model(args.model).eval()
-    test = config.build("dataset", args.data, **image_fields(args.data, args.model)).load().test
+    spec = parse(args.data, "--data").plain()
+    spec = {"name": spec, **image_fields(spec, args.model)} if isinstance(spec, str) else spec
+    test = config.build("dataset", spec).load().test
     x, y, _ = next(iter(test.batches([torch.arange(min(args.num_examples, len(test)))])))
     threat, budget = Threat(args.norm, args.eps), {"steps": args.steps, "queries": args.queries}
     setting = {k: v for k, v in vars(args).items() if k not in ("out", "seeds")} | {"threads": torch.get_num_threads()}
@@ -222,8 +225,8 @@ def main() -> int:
             stored["figures"] = compare(stored["ours"], stored["reference"]) if stored["reference"] else None
             if args.out:
                 write_json(args.out, stored)
-    figures = stored["figures"]
-    print(f"AutoAttack {args.version}, {args.norm} {args.eps:g}, {len(x)} images of {args.data}, {args.seeds} seeds, {args.model}")
+    figures, name = stored["figures"], spec["name"]
+    print(f"AutoAttack {args.version}, {args.norm} {args.eps:g}, {len(x)} images of {name}, {args.seeds} seeds, {args.model}")
     print(describe(figures, stored["ours"], stored["reference"]))
     own = figures["own_agreement"]["reference"]
     met = abs(figures["difference"]) <= 0.005 and (own is None or figures["agreement"] >= own - 0.005)

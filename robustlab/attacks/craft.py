@@ -25,6 +25,8 @@ class Craft(Stage):
             computed once. Their KL divergence has no gradient at x itself, so the attack has to start elsewhere.
     """
 
+    crafts = True
+
     attack: Attack
     on: str = "clean"
     to: str = "adv"

@@ -20,14 +20,14 @@ from robustlab.attacks.steps import input_gradient, objective, passes
 from robustlab.geometry import norm_of, steepest
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, Count, NonNegative, Norm, OpenFraction, Positive
+from robustlab.types import Classifier, Count, NonNegative, Norm, OpenFraction, Positive, Whole
 
 
 @register("ddn", cite="Rony et al., CVPR 2019, arXiv:1811.09600")
 class DDN(MinimumNorm):
     """Gradient steps on a sphere that shrinks where the sample is fooled and grows where it is not (l2).
 
-    Costs ``steps + 1`` forward and ``steps`` backward passes.
+    Costs ``steps + refine + 1`` forward and ``steps`` backward passes.
 
     Attributes:
         norm: l2.
@@ -36,6 +36,7 @@ class DDN(MinimumNorm):
         gamma: the rate at which the radius changes; also about the relative error of the norm when the steps are few.
         start_radius: r_0.
         targeted: y is the class to reach.
+        refine: bisections at the end (see ``minimum``), one forward pass each.
     """
 
     norms = ("l2",)
@@ -46,6 +47,7 @@ class DDN(MinimumNorm):
     gamma: OpenFraction = 0.05
     start_radius: Positive = 1.0
     targeted: bool = False
+    refine: Whole = 10
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         x0, loss = near.x0, objective("ce", self.targeted)

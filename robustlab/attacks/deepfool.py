@@ -12,6 +12,8 @@ Differences from the authors' code:
 
 - The box is part of the step: the linearised problem is solved inside [0, 1], exactly. Theirs ignores bounds.
 - Batched; a sample leaves the search when it is fooled.
+- The norm is that of the boundary on the way back to the image, found by bisection (``refine=0``: that of the step's end, which
+  lies behind the boundary by eta and so is 2 % too far on a linear classifier).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from robustlab.attacks.minimum import MinimumNorm, Nearest
 from robustlab.geometry import norm_of, to_hyperplane
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, Count, NonNegative, Norm
+from robustlab.types import Classifier, Count, NonNegative, Norm, Whole
 
 
 @register("deepfool", cite="Moosavi-Dezfooli, Fawzi, Frossard, CVPR 2016, arXiv:1511.04599")
@@ -31,14 +33,16 @@ class DeepFool(MinimumNorm):
     """Steps to the nearest class boundary of the linearised classifier until the class changes.
 
     Deterministic, untargeted. A step costs two forward and ``candidates`` backward passes (or as many as there are other classes);
-    a few steps are usual. The norm found is a quick upper bound of the smallest one, as a rule above those of DDN and FMN.
+    a few steps are usual; ``refine`` adds forward passes. The norm found is a quick upper bound of the smallest one, as a rule
+    above those of DDN and FMN.
 
     Attributes:
         norm: of the perturbation.
         eps: None, or the radius of the ball in which what comes back has to lie.
         steps: at most.
         candidates: the other classes that are tried: those with the largest logits at the image.
-        overshoot: eta.
+        overshoot: eta. It decides where a step ends; the norm found is that of the boundary behind it, by ``refine``.
+        refine: bisections at the end (see ``minimum``), one forward pass each.
     """
 
     norm: Norm | None = None
@@ -46,6 +50,7 @@ class DeepFool(MinimumNorm):
     steps: Count = 50
     candidates: Count = 9
     overshoot: NonNegative = 0.02
+    refine: Whole = 10
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         x, rows = near.x0, torch.arange(len(near.x0), device=near.x0.device)

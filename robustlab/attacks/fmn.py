@@ -32,14 +32,14 @@ from robustlab.attacks.steps import input_gradient, passes
 from robustlab.geometry import DUAL, linear_max, norm_of, project, project_ball, steepest
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Positive
+from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Positive, Whole
 
 
 @register("fmn", cite="Pintor et al., NeurIPS 2021, arXiv:2102.12827")
 class FMN(MinimumNorm):
     """Gradient steps projected on a ball whose radius follows the boundary.
 
-    Deterministic. Costs ``steps + 1`` forward and ``steps`` backward passes.
+    Deterministic. Costs ``steps + refine + 1`` forward and ``steps`` backward passes; l0: see ``refine``.
 
     Attributes:
         norm: of the perturbation.
@@ -48,6 +48,7 @@ class FMN(MinimumNorm):
         alpha, alpha_last: first and last step size, in l2.
         gamma, gamma_last: first and last rate of the radius.
         targeted: y is the class to reach.
+        refine: bisections at the end, one forward pass each; l0: pixels taken back at most (see ``minimum``).
     """
 
     norms = ("linf", "l2", "l1", "l0")
@@ -60,6 +61,7 @@ class FMN(MinimumNorm):
     gamma: Fraction = 0.05
     gamma_last: Fraction = 0.001
     targeted: bool = False
+    refine: Whole = 10
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         x0, x, norm = near.x0, near.x0, near.norm

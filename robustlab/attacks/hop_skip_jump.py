@@ -14,8 +14,15 @@
 The classifier is asked which class it decides for, and nothing else: logits are not looked at. Every question is counted, and a
 sample that has used up its budget is asked about no more.
 
-Differences from the authors' code: the smallest point found is returned (theirs: the last); black and white are tried after 20
-noise images (theirs: a thousand noise images).
+Differences from the authors' code:
+
+- The smallest point found is returned (theirs: the last).
+- Half of the last iteration's estimate is kept (``memory``). An estimate from B directions in D dimensions is off by an angle of
+  about sqrt(D / B), and where the boundary is flat the older ones are still about its normal. In linf, where the step takes signs,
+  1,500 queries came 5 % nearer on robust digits; in l2 the two are equal. ``memory=0`` is the paper's.
+- The walk sets out from the nearest of five boundary points (``starts``; theirs: the first), for it ends at the nearest point of
+  the facet where it began, which may belong to a farther class. They may cost a twentieth of the queries.
+- After 20 uniform noise images black, white and 20 images of black and white pixels are tried (theirs: a thousand noise images).
 """
 
 from __future__ import annotations
@@ -30,7 +37,7 @@ from torch import Tensor
 from robustlab import geometry
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Attack, Classifier, Count, NonNegative, Norm
+from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm
 
 STARTS = 20  # noise images tried
 FIRST_DELTA = 0.1
@@ -74,6 +81,8 @@ class HopSkipJump(Attack):
         norm, eps: the threat model; None takes the surrounding one; eps is not needed.
         queries: forward passes per sample, at most.
         probes: B, questions of the first gradient estimate.
+        starts: how many misclassified images to begin with; the walk sets out from the one whose boundary point is nearest.
+        memory: share of the last iteration's estimate that is kept.
     """
 
     minimal = True
@@ -82,6 +91,8 @@ class HopSkipJump(Attack):
     eps: NonNegative | None = None
     queries: Count = 10_000
     probes: Count = 100
+    starts: Count = 5
+    memory: Fraction = 0.5
 
     @torch.no_grad()
     def run(self, f: Classifier, x: Tensor, y: Tensor, rng: Rng) -> tuple[Tensor, dict[str, Any]]:
@@ -91,15 +102,18 @@ class HopSkipJump(Attack):
         everything = torch.arange(len(x), device=x.device)
         clean = ask(everything, x)
         x_t, found = self._start(ask, x, clean, rng.child("start"))
-        rows = (found & ~clean).nonzero().squeeze(1)
-        x_t[rows] = self._bisect(ask, rows, x[rows], x_t[rows])
+        rows, normal = (found & ~clean).nonzero().squeeze(1), torch.zeros_like(x)
         best, distance = x_t.clone(), geometry.norm_of(x_t - x, self.norm)
         for t in range(1, self.queries):
             probes = min(int(self.probes * math.sqrt(t)), MOST_PROBES)
             rows = rows[ask.spent[rows] + probes < self.queries]
             if len(rows) == 0:
                 break
-            x_t[rows] = self._hop(ask, rows, x[rows], x_t[rows], t, probes, rng.select(rows).child("step", t))
+            d = geometry.norm_of(x_t[rows] - x[rows], self.norm)
+            delta = d / x[0].numel() if t > 1 else torch.full_like(d, FIRST_DELTA)
+            seen = self._normal(ask, rows, x_t[rows], delta.view(-1, 1, 1, 1), probes, rng.select(rows).child("step", t))
+            normal[rows] = self.memory * normal[rows] + seen
+            x_t[rows] = self._hop(ask, rows, x[rows], x_t[rows], geometry.steepest(normal[rows], self.norm), d / math.sqrt(t))
             now = geometry.norm_of(x_t[rows] - x[rows], self.norm)
             nearer = rows[now < distance[rows]]
             best[nearer], distance[nearer] = x_t[nearer], geometry.norm_of(x_t[nearer] - x[nearer], self.norm)
@@ -110,19 +124,33 @@ class HopSkipJump(Attack):
         return best, {"distance": distance, "queries": ask.spent, "passes": cost}
 
     def _start(self, ask: _Oracle, x: Tensor, clean: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-        """A misclassified image for each sample, and for which there is one; the image itself where it is misclassified."""
-        start, found = x.clone(), clean.clone()
-        for trial in range(STARTS + 2):
-            rows = (~found).nonzero().squeeze(1)
+        """A misclassified image next to the boundary for each sample, and for which there is one; misclassified images themselves.
+
+        The nearest of the first ``starts`` that are found, as long as the search for them has not cost a twentieth of the queries.
+        """
+        start, found, distance = x.clone(), clean.clone(), torch.full_like(x[:, 0, 0, 0], torch.inf)
+        wanted = torch.where(clean, 0, self.starts)
+        for trial in range(2 * STARTS + 2):
+            rows = ((wanted > 0) & (~found | (20 * ask.spent < self.queries))).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            if trial < STARTS:
-                noise = rng.select(rows).child(trial).uniform(x.shape[1:], dtype=x.dtype)
-            else:
-                noise = torch.full_like(x[rows], float(trial - STARTS))
+            noise = self._noise(x[rows], trial, rng.select(rows).child(trial))
             hit = ask(rows, noise)
-            start[rows[hit]], found[rows[hit]] = noise[hit], True
+            rows = rows[hit]
+            near = self._bisect(ask, rows, x[rows], noise[hit])
+            size = geometry.norm_of(near - x[rows], self.norm or "l2")
+            take = size < distance[rows]
+            start[rows[take]], distance[rows[take]] = near[take], size[take]
+            found[rows], wanted[rows] = True, wanted[rows] - 1
         return start, found
+
+    @staticmethod
+    def _noise(x: Tensor, trial: int, rng: Rng) -> Tensor:
+        """Uniform noise, then black, white, then pixels that are black or white at random, which lie farther out."""
+        if trial in (STARTS, STARTS + 1):
+            return torch.full_like(x, float(trial - STARTS))
+        noise = rng.uniform(x.shape[1:], dtype=x.dtype)
+        return noise if trial < STARTS else noise.round()
 
     def _bisect(self, ask: _Oracle, rows: Tensor, x: Tensor, far: Tensor) -> Tensor:
         """The misclassified point next to the boundary between ``x`` and ``far``."""
@@ -142,13 +170,10 @@ class HopSkipJump(Attack):
             low, high = torch.where(hit, low, mid), torch.where(hit, mid, high)
         return torch.where((high < 1).view(wide), at(high), far)
 
-    def _hop(self, ask: _Oracle, rows: Tensor, x: Tensor, x_t: Tensor, t: int, probes: int, rng: Rng) -> Tensor:
-        """One iteration: gradient estimate, step, bisection."""
+    def _hop(self, ask: _Oracle, rows: Tensor, x: Tensor, x_t: Tensor, v: Tensor, xi: Tensor) -> Tensor:
+        """A step along v that is halved until it stays misclassified, then the bisection."""
         wide = (-1, *[1] * (x.ndim - 1))
-        d = geometry.norm_of(x_t - x, self.norm or "l2")
-        delta = d / x[0].numel() if t > 1 else torch.full_like(d, FIRST_DELTA)
-        v = geometry.steepest(self._normal(ask, rows, x_t, delta.view(wide), probes, rng), self.norm or "l2")
-        xi, moved, waits = d / math.sqrt(t), x_t, torch.ones_like(d, dtype=torch.bool)
+        moved, waits = x_t, torch.ones_like(xi, dtype=torch.bool)
         for _ in range(HALVINGS):
             trial = (x_t + xi.view(wide) * v).clamp(0, 1)
             hit = waits.clone()

@@ -22,14 +22,15 @@ from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, cosine, wide
 from robustlab.attacks.steps import input_gradient, passes
 from robustlab.registry import register
 from robustlab.rng import Rng
-from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Positive
+from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Positive, Whole
 
 
 @register("sigma-zero", cite="Cina et al., ICLR 2025, arXiv:2402.01879")
 class SigmaZero(MinimumNorm):
     """Descends on the margin plus a smooth count of pixels, and drops small changes by a threshold that adapts itself (l0).
 
-    Deterministic. Costs ``steps + 1`` forward and ``steps`` backward passes.
+    Deterministic. Costs ``steps + 1`` forward and ``steps`` backward passes, and up to 11 and 9 for each pixel that
+    ``refine`` tries to take back.
 
     Attributes:
         norm: l0.
@@ -40,6 +41,7 @@ class SigmaZero(MinimumNorm):
         tau: first threshold.
         tau_step: t, change of the threshold per step and step size.
         targeted: y is the class to reach.
+        refine: pixels taken back at the end, at most (see ``minimum``).
     """
 
     norms = ("l0",)
@@ -52,6 +54,7 @@ class SigmaZero(MinimumNorm):
     tau: Fraction = 0.3
     tau_step: Fraction = 0.01
     targeted: bool = False
+    refine: Whole = 10
 
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         x0, x, adam = near.x0, near.x0, Adam(near.x0)

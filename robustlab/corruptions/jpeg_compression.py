@@ -40,7 +40,8 @@ class JpegCompression(Corruption):
         quality = at_severity(QUALITY[self.table], severity)
         if len(x) == 0:
             return x.clone()
-        out = (x * 255).round_().to("cpu", torch.uint8)
+        levels = x.to("cpu", copy=True, memory_format=torch.channels_last).mul_(255).round_()  # as the codec wants it
+        out = levels.to(torch.uint8)
 
         def compress(images: Tensor) -> None:
             for image in images:
@@ -52,4 +53,4 @@ class JpegCompression(Corruption):
         else:
             with ThreadPoolExecutor(len(parts)) as pool:
                 list(pool.map(compress, parts))
-        return out.to(x.device, x.dtype).div_(255)
+        return out.to(x.device).to(x.dtype, memory_format=torch.contiguous_format).div_(255)

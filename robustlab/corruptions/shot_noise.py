@@ -25,20 +25,24 @@ PHOTONS = {"cifar": (500, 250, 100, 75, 50), "imagenet": (60, 25, 12, 5, 3)}
 
 
 @cache
-def alias_table(photons: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For the 256 levels: the probability to keep a column, float32, and the column's alias, int32; both (256 * 2^b,)."""
+def alias_table(photons: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of the 256 levels: its first number (256,); for 2^b numbers from there, flat: the share kept, and the alias.
+
+    The numbers reach further than 6 standard deviations to either side of the rate.
+    """
     rate = torch.arange(256, dtype=torch.float64) * photons / 255
-    columns = 2 ** (photons + 7 * int(photons**0.5) + 10).bit_length()
-    k = torch.arange(columns, dtype=torch.float64)
+    columns = 2 ** int(12 * photons**0.5 + 16).bit_length()
+    first = (rate - 6 * rate.sqrt() - 8).floor().clamp_min(0)
+    k = first[:, None] + torch.arange(columns)
     excess = (torch.special.xlogy(k, rate[:, None]) - rate[:, None] - torch.lgamma(k + 1)).exp() * columns
-    keep, alias = torch.ones(256, columns, dtype=torch.float64), torch.arange(columns).repeat(256, 1)
-    open_, level = torch.zeros_like(excess), torch.arange(256)  # the poorest open column takes from the richest, then is closed
-    for _ in range(columns):
-        poor, rich = (excess + open_).argmin(1), (excess - open_).argmax(1)
-        keep[level, poor], alias[level, poor] = excess[level, poor], rich
+    keep, alias, level = torch.ones_like(excess), k.clone(), torch.arange(256)
+    closed = torch.zeros_like(excess)
+    for _ in range(columns):  # the poorest open column takes from the richest one, and is closed
+        poor, rich = (excess + closed).argmin(1), (excess - closed).argmax(1)
+        keep[level, poor], alias[level, poor] = excess[level, poor], k[level, rich]
         excess[level, rich] -= (1 - excess[level, poor]).where(poor != rich, 0)
-        open_[level, poor] = torch.inf
-    return keep.float().flatten().to(device), alias.int().flatten().to(device)
+        closed[level, poor] = torch.inf
+    return first.int().to(device), keep.float().flatten().to(device), alias.int().flatten().to(device)
 
 
 @register("shot_noise", cite="Hendrycks, Dietterich, ICLR 2019, arXiv:1903.12261")
@@ -54,12 +58,14 @@ class ShotNoise(Corruption):
     @in_chunks
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
         c = at_severity(PHOTONS[self.table], severity)
-        keep, alias = alias_table(c, x.device)
+        first, keep, alias = alias_table(c, x.device)
         columns = len(keep) // 256
         b = columns.bit_length() - 1
         bits = rng.child("noise", severity).bits(x.shape[1:])
-        column = (bits >> (32 - b)) & (columns - 1)
-        at = ((x * 255).round_().int().mul_(columns) + column).flatten()
-        fraction = (bits & (2 ** (32 - b) - 1)).float().mul_(2.0 ** (b - 32))
-        kept = fraction < keep.index_select(0, at).view_as(x)
-        return quantize(torch.where(kept, column, alias.index_select(0, at).view_as(x)) / c)
+        column = ((bits >> (32 - b)) & (columns - 1)).flatten()
+        level = (x * 255).round_().int().flatten()
+        at = level * columns + column
+        fraction = (bits & (2 ** (32 - b) - 1)).flatten().float().mul_(2.0 ** (b - 32))
+        column += first.index_select(0, level)
+        k = torch.where(fraction < keep.index_select(0, at), column, alias.index_select(0, at))
+        return quantize(k.view_as(x) / c)

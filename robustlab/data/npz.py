@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,8 +40,10 @@ class Npz(Dataset):
     validation: Count = 1000
 
     def load(self) -> Splits:
-        path = self._find()
-        arrays = read_folder(path) if path.is_dir() else read_npz(path)
+        if self.path is None:
+            raise UserError("npz: give path, the .npz file or the folder of .npy files")
+        path = find(self.path, self.root, "npz")
+        arrays = read_arrays(path)
         pairs = {split: self._pair(arrays, split, path) for split in ("train", "val", "test")}
         if pairs["test"] is None:
             raise UserError(f"npz: {path} has no x_test; it has {', '.join(sorted(arrays)) or 'nothing'}")
@@ -64,15 +67,6 @@ class Npz(Dataset):
         validation = pairs["val"] or min(self.validation, len(pairs["train"][1]) // 2)
         return memory_splits(pairs["train"], pairs["test"], names, validation=validation, source=f"npz: {path}", copy=False)
 
-    def _find(self) -> Path:
-        if self.path is None:
-            raise UserError("npz: give path, the .npz file or the folder of .npy files")
-        given = Path(self.path).expanduser()
-        for path in (given, data_root(self.root) / given):
-            if path.exists():
-                return path
-        raise UserError(f"npz: no such file '{given}', neither here nor in {data_root(self.root)}")
-
     def _pair(self, arrays: dict[str, np.ndarray], split: str, path: Path) -> tuple[Tensor, Tensor] | None:
         x, y = arrays.get(f"x_{split}"), arrays.get(f"y_{split}")
         if x is None and y is None:
@@ -85,24 +79,52 @@ class Npz(Dataset):
             y = y[:, 0]
         if y.dtype.kind not in "iu" or y.ndim != 1:
             raise UserError(f"npz: {path}: y_{split} must be a vector of whole numbers, got shape {y.shape} of {y.dtype}")
-        return self._images(torch.from_numpy(x), f"npz: {path}: x_{split}"), torch.from_numpy(y.astype(np.int64))
-
-    def _images(self, x: Tensor, source: str) -> Tensor:
-        if x.ndim == 3:
-            return x[:, None]
-        if x.ndim != 4:
-            raise UserError(f"{source}: expected (N, H, W, C), (N, C, H, W) or (N, H, W), got {tuple(x.shape)}")
-        last, first = x.shape[3] in (1, 3), x.shape[1] in (1, 3)
-        if self.layout == "auto" and last == first:
-            reason = "both ends could be the channels; give layout" if last else "neither end has 1 or 3 channels"
-            raise UserError(f"{source}: {reason}, got shape {tuple(x.shape)}")
-        nhwc = last if self.layout == "auto" else self.layout == "NHWC"
-        return x.permute(0, 3, 1, 2) if nhwc else x
+        return images_of(torch.from_numpy(x), self.layout, f"npz: {path}: x_{split}"), torch.from_numpy(y.astype(np.int64))
 
 
-def read_folder(folder: Path) -> dict[str, np.ndarray]:
+def images_of(x: Tensor, layout: str, source: str) -> Tensor:
+    """Images as (N, C, H, W), a view: from (N, H, W, C), (N, C, H, W) or (N, H, W).
+
+    Raises:
+        UserError: another shape, or one that fits both layouts while ``layout`` is ``auto``.
+    """
+    if x.ndim == 3:
+        return x[:, None]
+    if x.ndim != 4:
+        raise UserError(f"{source}: expected (N, H, W, C), (N, C, H, W) or (N, H, W), got {tuple(x.shape)}")
+    last, first = x.shape[3] in (1, 3), x.shape[1] in (1, 3)
+    if layout == "auto" and last == first:
+        reason = "both ends could be the channels; give layout" if last else "neither end has 1 or 3 channels"
+        raise UserError(f"{source}: {reason}, got shape {tuple(x.shape)}")
+    nhwc = last if layout == "auto" else layout == "NHWC"
+    return x.permute(0, 3, 1, 2) if nhwc else x
+
+
+def find(name: str, root: str | None, source: str) -> Path:
+    """The file or folder of this name, here or under the root.
+
+    Raises:
+        UserError: neither has it.
+    """
+    given = Path(name).expanduser()
+    for path in (given, data_root(root) / given):
+        if path.exists():
+            return path
+    raise UserError(f"{source}: no such file '{given}', neither here nor in {data_root(root)}")
+
+
+def read_arrays(path: Path, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
+    """The arrays of these names in a folder of .npy files or in an .npz file, mapped where possible.
+
+    Raises:
+        UserError: not such a file, damaged, or with pickled objects in it.
+    """
+    return read_folder(path, keys) if path.is_dir() else read_npz(path, keys)
+
+
+def read_folder(folder: Path, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
     """The known arrays in a folder of .npy files, mapped."""
-    return {key: _open_npy(folder / f"{key}.npy") for key in KEYS if (folder / f"{key}.npy").is_file()}
+    return {key: _open_npy(folder / f"{key}.npy") for key in keys if (folder / f"{key}.npy").is_file()}
 
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -112,7 +134,7 @@ def _open_npy(path: Path) -> np.ndarray:
         raise UserError(f"npz: {path}: not a .npy file, or a damaged one: {error}") from None
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:
     """The known arrays of a .npz file: mapped where they are stored as they are, read where they are compressed.
 
     Raises:
@@ -121,7 +143,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {m.filename.removesuffix(".npy"): m for m in archive.infolist() if m.filename.endswith(".npy")}
-            return {key: _member(path, archive, members[key]) for key in KEYS if key in members}
+            return {key: _member(path, archive, members[key]) for key in keys if key in members}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, struct.error, NotImplementedError) as error:
         raise UserError(f"npz: {path}: not a .npz file, or a damaged one: {error}") from None
 

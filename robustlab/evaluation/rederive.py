@@ -1,8 +1,9 @@
 """Every number of an evaluation, computed again from its ledger alone.
 
 A ledger that was changed by hand does not pass: every batch is there once; in it the clean line comes first and covers all images;
-each attack of the suite, in order, was given exactly the images that all before it left; each corruption was given all of them, and
-the attack on corrupted images those that were classified correctly there.
+each attack of the suite, in order, was given exactly the images that all before it left and no gate spared; each corruption was
+given all of them, and the attack on corrupted images those that were classified correctly there; an audit was given those that its
+seed draws (audit.recount).
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from robustlab.evaluation import shards
+from robustlab.evaluation.audit import PREFIX
+from robustlab.evaluation.cascade import Gate, gate_of, unique
 from robustlab.evaluation.ledger import read, threat_name
 from robustlab.evaluation.result import Result
-from robustlab.evaluation.runner import unique
 from robustlab.types import UserError
 
 Line = Mapping[str, Any]
@@ -41,6 +43,8 @@ def first_mistake(header: Line, entries: Sequence[Line]) -> str | None:
     size, n = header["batch_size"], header["n"]
     batches: dict[int, list[Line]] = {b: [] for b in range(-(-n // size))}
     for e in entries:
+        if e["attack"].startswith(PREFIX):
+            continue
         if e["batch"] not in batches:
             return f"batch {e['batch']}: there are only {len(batches)}"
         if len(e["verdict"]) != len(e["index"]) or not set(e["verdict"]) <= {0, 1}:
@@ -48,10 +52,10 @@ def first_mistake(header: Line, entries: Sequence[Line]) -> str | None:
         if e.get("seed", header["seed"]) != header["seed"]:
             return f"batch {e['batch']}, {_label(e)}: seed {e['seed']}, the header says {header['seed']}"
         batches[e["batch"]].append(e)
-    plan = _plan(header)
+    plan, gate = _plan(header), _gate(header)
     for b, lines in batches.items():
         images = list(range(b * size, min((b + 1) * size, n)))
-        if wrong := _batch_mistake(plan, lines, images):
+        if wrong := _batch_mistake(plan, gate, lines, images):
             return f"batch {b}, {wrong}"
     return None
 
@@ -69,7 +73,14 @@ def _plan(header: Line) -> list[tuple[str, str]]:
     ]
 
 
-def _batch_mistake(plan: Sequence[tuple[str, str]], lines: Sequence[Line], images: list[int]) -> str | None:
+def _gate(header: Line) -> Gate | None:
+    from robustlab import config
+
+    resolved = header["suite"]["resolved"]
+    return gate_of(config.build("suite", resolved)) if "exact" in resolved else None
+
+
+def _batch_mistake(plan: Sequence[tuple[str, str]], gate: Gate | None, lines: Sequence[Line], images: list[int]) -> str | None:
     found = [(threat_name(e["threat"]), e["attack"]) for e in lines]
     for got, wanted in zip(found, plan, strict=False):
         if got != wanted:
@@ -86,7 +97,10 @@ def _batch_mistake(plan: Sequence[tuple[str, str]], lines: Sequence[Line], image
         if e["index"] != given:
             return f"{label}: given {len(e['index'])} images, not the {len(given)} that were left for it"
         kept = [i for i, v in zip(e["index"], e["verdict"], strict=True) if v]
-        if threat:
+        if threat and gate is not None and label == gate.label:
+            out = dict(zip(e["index"], gate.spares(e), strict=True))
+            left[threat] = [i for i in kept if not out[i]]
+        elif threat:
             left[threat] = kept
         elif "/" in label:
             before = kept

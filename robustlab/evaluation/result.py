@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +66,12 @@ class Result:
             returned outside ball or box (they were projected before they were scored), its warnings (``flags``), and the most
             passes that any image had got when it ended, those of earlier attacks included (``spent``).
         clean, robust: verdict of each image (n,), bool; ``robust`` is None without attacks.
-        threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost curve``; for the last see
-            :func:`cost_curve`.
+        threats: one dict per threat model: ``norm eps k robust_accuracy interval per_attack cost curve audit``; for ``curve`` see
+            :func:`cost_curve`. ``audit`` is None, or for
+            suites that stand in for an exact one: that one's name (``suite``), the ``survivors`` that were not given all of it,
+            how many of these were ``audited`` and broken (``misses``; they are not in ``k``), how many more may be ``left``
+            (one-sided, 95 %) and that in ``points`` of accuracy, the ``looks``, the ``seed``, ``forwards backwards seconds`` (not
+            in the threat model's ``cost``).
         verdicts: ``robust`` for each of ``threats``.
         corruptions: for each corruption the accuracy at each severity (keys ``"1"`` to ``"5"``) and their ``mean``.
         corruption_accuracy: the mean over the corruptions, or None.
@@ -110,13 +116,20 @@ class Result:
     def __repr__(self) -> str:
         """One line: ``clean 95.31 % [90.1, 97.8], robust 73.44 % [65.2, 80.3] under pgd-20 (linf 0.1, n = 128)``."""
         parts = [_show("clean", self.clean_accuracy, self.clean_interval)]
-        where = f"n = {self.n}"
+        where, audit = f"n = {self.n}", self.audit
         if self.robust_accuracy is not None and self.interval is not None:
-            parts.append(_show("robust", self.robust_accuracy, self.interval))
+            parts.append(_show("robust" if audit is None else "robust at most", self.robust_accuracy, self.interval))
+            if audit is not None and audit["audited"]:
+                parts[-1] += f" (audit: by at most {audit['points']:.2f} points too high)"
             where = f"{self.threats[0]['norm']} {self.threats[0]['eps']:.4g}, {where}"
         if self.corruption_accuracy is not None:
             parts.append(f"corruptions {100 * self.corruption_accuracy:.2f} %")
         return f"{', '.join(parts)} under {self.suite['name']} ({where})"
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """That of the first threat model."""
+        return self.threats[0]["audit"] if self.threats else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-sample verdicts (they are in the ledger), as plain JSON-able values."""
@@ -154,24 +167,29 @@ def proportion(k: int, n: int) -> dict[str, Any]:
     return {"k": k, "n": n, "accuracy": k / n, "interval": list(wilson(k, n))}
 
 
-def cost_of(tallies: list[Tally], n: int) -> dict[str, float]:
-    forwards, backwards = sum(t.forwards for t in tallies), sum(t.backwards for t in tallies)
+def cost_of(tallies: list[Tally], n: int, audits: Sequence[Mapping[str, Any]] = ()) -> dict[str, float]:
+    costs = [*map(vars, tallies), *audits]
+    forwards, backwards = sum(c["forwards"] for c in costs), sum(c["backwards"] for c in costs)
     return {
         "forwards": forwards,
         "backwards": backwards,
-        "seconds": sum(t.seconds for t in tallies),
+        "seconds": sum(c["seconds"] for c in costs),
         "forwards_per_sample": forwards / n,
         "backwards_per_sample": backwards / n,
     }
 
 
-def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Tensor, clean: int) -> dict[str, Any]:
-    """One entry of ``Result.threats``; ``clean``: how many images are classified correctly without an adversary."""
+def threat_summary(
+    norm: str, eps: float, tallies: dict[str, Tally], right: Tensor, verdict: Tensor, audit: dict[str, Any] | None
+) -> dict[str, Any]:
+    """One entry of ``Result.threats``."""
     n, k = len(verdict), int(verdict.sum())
-    curve, ends = cost_curve(clean, n, tallies)
+    left = itertools.accumulate((t.broken for t in tallies.values()), operator.sub, initial=int(right.sum()))
+    next(left)
+    curve, ends = cost_curve(int(right.sum()), n, tallies)
     per_attack = {
         label: {
-            "robust_accuracy": t.correct / n,
+            "robust_accuracy": next(left) / n,
             "attacked": t.given,
             "broken": t.broken,
             "forwards": t.forwards,
@@ -193,6 +211,7 @@ def threat_summary(norm: str, eps: float, tallies: dict[str, Tally], verdict: Te
         "per_attack": per_attack,
         "cost": cost_of(list(tallies.values()), n),
         "curve": curve,
+        "audit": audit,
     }
 
 
@@ -256,6 +275,7 @@ def assemble(
     corrupted: dict[tuple[str, int], Tally],
     corrupted_attacked: dict[tuple[str, int], Tally],
     corruption_threat: Mapping[str, Any] | None,
+    audits: list[dict[str, Any] | None],
     **known: Any,
 ) -> Result:
     """The result of ``n`` images.
@@ -266,11 +286,13 @@ def assemble(
         threats, attacked, verdicts: norm and radius, tallies of the attacks and verdicts (n,) of each threat model.
         corrupted: tallies by corruption and severity.
         corrupted_attacked, corruption_threat: those of the attack on corrupted images, and its norm and radius.
+        audits: of each threat model.
         known: the other fields of the result.
     """
     from robustlab.evaluation.corruption_scores import scores
 
-    rows = [threat_summary(*t, tallies, v, clean.correct) for t, tallies, v in zip(threats, attacked, verdicts, strict=True)]
+    each = zip(threats, attacked, verdicts, audits, strict=True)
+    rows = [threat_summary(*t, tallies, right, verdict, audit) for t, tallies, verdict, audit in each]
     first, corruptions = rows[0] if rows else None, corruption_summary(corrupted, n)
     everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values(), *corrupted_attacked.values()]
     told = known["suite"]["resolved"]
@@ -290,6 +312,6 @@ def assemble(
         corruption_scores=scores(n, clean, corrupted, corrupted_attacked, told, corruption_threat)
         if corrupted and "files" in told
         else None,
-        cost=cost_of(everything, n),
+        cost=cost_of(everything, n, [audit for audit in audits if audit is not None]),
         **known,
     )

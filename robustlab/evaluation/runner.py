@@ -2,9 +2,10 @@
 
     for each batch (cut at fixed positions):
         correct = argmax f(x) = y
-        for each threat model, survivors = correct; for each attack in order:
+        for each threat model, survivors = correct; for each attack in order (cascade):
             x' = project(attack(survivors));  survivors = argmax f(x') = y          f in eval mode and full precision
         for each corruption and severity: argmax f(corrupt(x)) = y, and if so asked f(x + delta) = y on those
+    a random part of the survivors that were spared an attack gets the exact suite (audit)
 
 It trusts nobody: an attack sees a copy of the images and may return what it likes; it is projected on ball and box and scored again
 here. Draws are keyed by the image's position, never by its batch. Every verdict is in the ledger before the next is computed.
@@ -13,12 +14,13 @@ here. Draws are keyed by the image's position, never by its batch. Every verdict
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,17 +30,30 @@ from torch import Tensor, nn
 import robustlab
 from robustlab import geometry
 from robustlab.evaluation.adversarial import Keeper
+from robustlab.evaluation.audit import PREFIX, Audit, exact_suite, judged
+from robustlab.evaluation.cascade import Step, descend, gate_of, nearness_in, steps_of, unique
 from robustlab.evaluation.counting import Counter, per_sample
-from robustlab.evaluation.ledger import Ledger
+from robustlab.evaluation.ledger import Ledger, threat_name
 from robustlab.evaluation.official import Official, clean_of, open_official
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
 from robustlab.evaluation.shards import check_shard, mine
-from robustlab.evaluation.sources import Fingerprint, open_source
+from robustlab.evaluation.sources import Batch, Fingerprint, gathered, open_source
 from robustlab.files import exclusive
 from robustlab.modes import ambient, bn_mode, frozen, unwrap
 from robustlab.rng import Rng
-from robustlab.types import Attack, Classifier, Corruption, CorruptionSuite, Suite, Threat, UserError, one_hot, with_threat
+from robustlab.types import (
+    Attack,
+    BoundSuite,
+    Classifier,
+    Corruption,
+    CorruptionSuite,
+    Suite,
+    Threat,
+    UserError,
+    one_hot,
+    with_threat,
+)
 
 LEDGER = "ledger.jsonl"
 SLACK = 1e-5  # relative and absolute: what float32 arithmetic may leave outside the ball
@@ -61,6 +76,8 @@ def evaluate(
     reliability: bool = False,
     shard: tuple[int, int] | None = None,
     save_adversarial: str | Path | None = None,
+    audit: int | None = None,
+    audit_bound: float | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Result:
     """Score a classifier under a suite.
@@ -85,6 +102,9 @@ def evaluate(
             is of the shard's images; its fingerprint is of all of them.
         save_adversarial: a ``.npz`` or ``.safetensors`` file for the images: of each sample the one that broke it, else the last
             attack's, else (misclassified from the start) the clean one. For one threat model; see ``adversarial``.
+        audit: for suites that stand in for an exact one: how many survivors that were spared its attacks get them, chosen at
+            random; None takes the suite's number, none for a shard.
+        audit_bound: audit on until at most so many points of accuracy can be left (95 %), or all of these survivors are audited.
         provenance: kept in the result.
 
     Raises:
@@ -102,6 +122,7 @@ def evaluate(
     if precision not in ("fp32", "bf16"):
         raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
     threats = threats_of(plan, threat)
+    exact = exact_suite(plan, shard, audit, audit_bound)
     source = open_source(data)
     size = source.size if limit is None else min(limit, source.size or limit)
     if shard is not None:
@@ -152,6 +173,9 @@ def evaluate(
                 run.skip(x, y)
         if not run.rows:
             raise UserError("data: no images")
+        if isinstance(plan, BoundSuite) and exact is not None:
+            drawn = audit if audit is not None else 0 if shard else plan.audit
+            run.audit(plan, exact, drawn, audit_bound, batch_size, lambda: source.batches(batch_size, limit))
         if model_hash(f) != header["model"]:
             raise UserError(
                 "the model's weights or buffers changed during the evaluation: one of its attacks, or its own forward, wrote them"
@@ -259,7 +283,7 @@ class _Run:
         self.dtype = _dtype(f)
         self.ledger, self.size, self.progress = ledger, size, progress
         self.num_classes, self.keeper = num_classes, keeper
-        self.attacks = list(zip(unique([a.name for a in suite.attacks]), suite.attacks, strict=True))
+        self.steps, self.gate = steps_of(suite), gate_of(suite)
         self.corruptions: list[tuple[str, Corruption | None]] = [
             *zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True),
             *((name, None) for name in getattr(suite, "published", ())),
@@ -272,8 +296,11 @@ class _Run:
         self.seen = self.batches = 0
         self.rows, self.labels = list[int](), list[Tensor]()  # the images evaluated so far: their positions and labels
         self.clean, self.clean_rows = Tally(), list[int]()
-        self.attacked = [{label: Tally() for label, _ in self.attacks} for _ in threats]
+        self.images, self.note = list[str](), dict[str, Any]()  # hashes of the batches; what else the ledger's lines say
+        self.attacked = [{step.label: Tally() for step in self.steps} for _ in threats]
         self.robust_rows: list[list[int]] = [[] for _ in threats]
+        self.spared_rows: list[list[int]] = [[] for _ in threats]
+        self.audits: list[Audit | None] = [None for _ in threats]
         self.corrupted = {(label, s): Tally() for label, _ in self.corruptions for s in suite.severities}
         self.corrupted_attacked = {key: Tally() for key in self.corrupted if corruption_threat is not None}
 
@@ -283,6 +310,7 @@ class _Run:
         first, self.seen = self.seen, self.seen + len(x)
         index, self.shift = torch.arange(first, self.seen), len(self.rows) - first
         images = self.fingerprint.add(x, y)
+        self.images.append(images)
         self.labels.append(y)
         x, y = x.to(self.device, self.dtype), y.to(self.device)
         if self.keeper is not None and self.ledger.get(None, "clean", self.batches) is None:
@@ -292,10 +320,10 @@ class _Run:
             rows = correct.nonzero().squeeze(1)[:missing].to(self.device)
             self.sample.append((x[rows], y[rows]))
         for number, threat in enumerate(self.threats):
-            alive = correct
-            for position, (label, attack) in enumerate(self.attacks):
-                alive = self._attack(number, threat, position, label, attack, x, y, index, alive)
+            attack = functools.partial(self._attack, threat, self.attacked[number], x, y, index)
+            alive, spared = descend(correct, self.steps, self.gate, attack)
             self.robust_rows[number] += index[alive].tolist()
+            self.spared_rows[number] += index[spared].tolist()
         for label, corruption in self.corruptions:
             for severity in self.suite.severities:
                 self._corrupt(label, corruption, severity, x, y, index)
@@ -304,7 +332,7 @@ class _Run:
 
     def skip(self, x: Tensor, y: Tensor) -> None:
         """A batch of another shard."""
-        self.fingerprint.add(x, y)
+        self.images.append(self.fingerprint.add(x, y))
         self.seen, self.batches = self.seen + len(x), self.batches + 1
 
     def _clean(self, x: Tensor, y: Tensor, index: Tensor, images: str) -> Tensor:
@@ -330,28 +358,15 @@ class _Run:
         return verdict
 
     def _attack(
-        self,
-        number: int,
-        threat: Threat,
-        position: int,
-        label: str,
-        attack: Attack,
-        x: Tensor,
-        y: Tensor,
-        index: Tensor,
-        alive: Tensor,
-    ) -> Tensor:
-        """Run one attack on the rows that are still alive; returns the mask of those that survive it."""
-        entry = self.ledger.get(threat, label, self.batches)
-        rows = alive.nonzero().squeeze(1)
+        self, threat: Threat, tallies: dict[str, Tally], x: Tensor, y: Tensor, index: Tensor, step: Step, rows: Tensor
+    ) -> dict[str, Any]:
+        """Run one attack on some rows of the batch, or look up what it did."""
+        entry = self.ledger.get(threat, step.label, self.batches)
         if entry is None:
             pick = rows.to(self.device)
-            entry = self._search(threat, position, label, attack, x[pick], y[pick], index[rows])
-        verdict = torch.tensor(entry["verdict"], dtype=torch.bool)
-        alive = alive.clone()
-        alive[rows[~verdict]] = False
-        self._report(entry, self.attacked[number][label])
-        return alive
+            entry = self._search(threat, step.position, step.label, step.attack, x[pick], y[pick], index[rows])
+        self._report(entry, tallies[step.label])
+        return entry
 
     def _search(
         self, threat: Threat, position: int, label: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor
@@ -376,7 +391,60 @@ class _Run:
         extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
         if (each := per_sample(dict(info), len(x), counter)) is not None:
             extra["passes"] = each
+        extra |= nearness_in(info)
         return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
+
+    # -------------------------------------------------------------------------------------------------- audit
+
+    def audit(
+        self,
+        suite: BoundSuite,
+        exact: Suite,
+        size: int,
+        points: float | None,
+        batch_size: int,
+        again: Callable[[], Iterator[Batch]],
+    ) -> None:
+        """Give the exact suite to survivors drawn at random, under each threat model; what breaks is broken."""
+        steps = [Step(PREFIX + step.label, step.attack, step.position) for step in steps_of(exact)]
+        for number, threat in enumerate(self.threats):
+            pool = (self.spared_rows if judged(suite, exact) else self.robust_rows)[number]
+            audit = self.audits[number] = Audit(suite.exact, pool, len(self.rows), self.seed, threat, size, points)
+            name = threat_name(threat), steps[0].label
+            known = {key[2]: len(entry["index"]) for key, entry in self.ledger.done.items() if key[:2] == name}
+            for self.batches, rows in audit.pieces(batch_size, known):
+                index = torch.tensor(rows)
+                self.note = {"looks": audit.looks}
+                images = functools.cache(functools.partial(self._gathered, index, again))
+                attack = functools.partial(self._audit, threat, audit.tally, index, images)
+                alive, _ = descend(torch.ones(len(rows), dtype=torch.bool), steps, None, attack)
+                looks = self.ledger.done.get((*name, self.batches), {"looks": audit.looks})["looks"]
+                audit.count(len(rows), int((~alive).sum()), looks)
+                broken = set(index[~alive].tolist())
+                self.robust_rows[number] = [row for row in self.robust_rows[number] if row not in broken]
+
+    def _audit(
+        self,
+        threat: Threat,
+        tally: Tally,
+        index: Tensor,
+        images: Callable[[], Batch],
+        step: Step,
+        rows: Tensor,
+    ) -> dict[str, Any]:
+        """Run one attack of the exact suite on some rows of a drawn piece, or look up what it did."""
+        entry = self.ledger.get(threat, step.label, self.batches)
+        if entry is None:
+            if self.keeper is not None and self.keeper.finished:
+                raise UserError(f"{self.keeper.path}: made before this audit, which goes further; start again in another --out")
+            (x, y), pick = images(), rows.to(self.device)
+            entry = self._search(threat, step.position, step.label, step.attack, x[pick], y[pick], index[rows])
+        self._report(entry, tally)
+        return entry
+
+    def _gathered(self, index: Tensor, again: Callable[[], Iterator[Batch]]) -> Batch:
+        x, y = gathered(index, again(), self.images)
+        return x.to(self.device, self.dtype), y.to(self.device)
 
     def _corrupt(self, label: str, corruption: Corruption | None, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:
         name, attack = f"{label}/{severity}", self.scoring.attack if self.scoring else None
@@ -505,6 +573,7 @@ class _Run:
             "forwards": forwards,
             "backwards": backwards,
             **extra,
+            **self.note,
             "seed": self.seed,
             "seconds": round(seconds, 6),
         }
@@ -551,6 +620,7 @@ class _Run:
             self.corrupted,
             self.corrupted_attacked,
             None if self.corruption_threat is None else {"norm": self.corruption_threat.norm, "eps": self.corruption_threat.eps},
+            [None if audit is None else audit.to_dict() for audit in self.audits],
             seed=self.seed,
             precision=self.precision,
             fingerprint=self.fingerprint.value(),
@@ -624,11 +694,6 @@ def _check_returned(new: Any, x: Tensor, who: str) -> None:
     finite = new.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         raise UserError(f"{who} returned values that are not finite for {int((~finite).sum())} of {len(x)} images")
-
-
-def unique(names: list[str]) -> list[str]:
-    """The names, with ``#2``, ``#3`` where one comes again."""
-    return [name if (k := names[:i].count(name)) == 0 else f"{name}#{k + 1}" for i, name in enumerate(names)]
 
 
 def _dtype(f: Any) -> torch.dtype:

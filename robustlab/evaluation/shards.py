@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustlab.evaluation.audit import PREFIX, recount
 from robustlab.evaluation.ledger import encoded, first_difference, read, threat_name
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, assemble
@@ -174,6 +175,8 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
     attacked: dict[str, dict[str, Tally]] = {name: {} for name in names}
     for e in entries:
         index, verdict = torch.tensor(e["index"], dtype=torch.long), torch.tensor(e["verdict"], dtype=torch.bool)
+        if e["attack"].startswith(PREFIX):
+            continue
         if e["threat"] is not None:
             attacked[threat_name(e["threat"])].setdefault(e["attack"], Tally()).add(e)
         elif e["attack"] == "clean":
@@ -184,12 +187,20 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             level, attack, _ = severity.partition("+")
             (corrupted_attacked if attack else corrupted).setdefault((label, int(level)), Tally()).add(e)
     verdicts = [right.clone() for _ in names]
+    own, audited = ([e for e in entries if e["attack"].startswith(PREFIX) is late] for late in (False, True))
+    _mark(verdicts, names, own)
+    audits = [None if audit is None else audit.to_dict() for audit in recount(header, entries, verdicts)]
+    _mark(verdicts, names, audited)
+    threats, under = [(t["norm"], t["eps"]) for t in header["threats"]], header.get("corruption_threat")
+    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
+    return assemble(
+        n, clean, right, threats, list(attacked.values()), verdicts, corrupted, corrupted_attacked, under, audits, **same, **known
+    )
+
+
+def _mark(verdicts: list[torch.Tensor], names: list[str], entries: Entries) -> None:
+    """Write what broke into the verdicts of each threat model."""
     for e in entries:
         if e["threat"] is not None:
             broken = torch.tensor(e["index"], dtype=torch.long)[~torch.tensor(e["verdict"], dtype=torch.bool)]
             verdicts[names.index(threat_name(e["threat"]))][broken] = False
-    threats, under = [(t["norm"], t["eps"]) for t in header["threats"]], header.get("corruption_threat")
-    same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    return assemble(
-        n, clean, right, threats, list(attacked.values()), verdicts, corrupted, corrupted_attacked, under, **same, **known
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,31 @@ class Fingerprint:
 
     def value(self) -> str:
         return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
+
+
+def gathered(index: Tensor, batches: Iterable[Batch], hashes: Sequence[str]) -> Batch:
+    """Images at some positions, ascending, from another pass over the data.
+
+    Args:
+        index: the positions.
+        batches: all of the data, from the first.
+        hashes: of the same batches in the pass before (:meth:`Fingerprint.add`).
+
+    Raises:
+        UserError: they are not the same, or do not come again.
+    """
+    found, first = list[Batch](), 0
+    for (x, y), known in zip(batches, hashes, strict=False):
+        rows = index[(index >= first) & (index < first + len(x))] - first
+        if len(rows) and Fingerprint().add(x, y) != known:
+            raise UserError("data: the images or labels changed between two passes over them, so survivors cannot be audited")
+        found.append((x[rows], y[rows]))
+        first += len(x)
+        if first > int(index[-1]):
+            break
+    if sum(len(y) for _, y in found) < len(index) or not found:
+        raise UserError("data: cannot be read twice, which an audit of survivors needs; give --audit 0")
+    return torch.cat([x for x, _ in found]), torch.cat([y for _, y in found])
 
 
 def _some(size: int) -> int:

@@ -1,10 +1,13 @@
-"""Intervals for a proportion (k successes among n independent samples), for a mean over seeds, and tests of paired verdicts.
+"""Intervals for a proportion (k successes among n independent samples), for a mean over seeds, tests of paired verdicts, and how
+many bad things a random sample has left out.
 
 Wilson (JASA 22, 1927):  (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n),  p = k/n, z the normal quantile.
 Clopper and Pearson (Biometrika 26, 1934): quantiles of Beta(k, n-k+1) and Beta(k+1, n-k); never too short, often too long.
 McNemar (Psychometrika 12, 1947), exact: of the b + c images on which two models differ, b that only the first gets right are
 Binomial(b + c, 1/2) where neither is better.
 Student: the mean over m seeds -+ t_{m-1} s / sqrt(m).
+Of N things M are bad; m of them, drawn at random without replacement, hold k bad ones. Where P(X <= k) = sum_{j<=k} C(M, j)
+C(N-M, m-j) / C(N, m) is alpha or less, M is refuted; the largest M that is not is an upper limit with confidence 1 - alpha.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 
 Interval = tuple[float, float]
+ALPHA = Fraction(1, 20)
 
 
 def wilson(k: int, n: int, level: float = 0.95) -> Interval:
@@ -46,6 +51,49 @@ def clopper_pearson(k: int, n: int, level: float = 0.95) -> Interval:
     tail = (1 - level) / 2
     low = 0.0 if k == 0 else float(beta.ppf(tail, k, n - k + 1))
     return low, (1.0 if k == n else float(beta.ppf(1 - tail, k + 1, n - k)))
+
+
+def most_left(population: int, drawn: int, bad: int, alpha: Fraction = ALPHA) -> int:
+    """How many bad things the rest of a population holds at most, with confidence 1 - alpha.
+
+    Args:
+        population: N.
+        drawn: m, chosen at random without replacement.
+        bad: k of these.
+        alpha: the probability with which the limit may be too low.
+
+    Raises:
+        ValueError: not 0 <= k <= m <= N.
+    """
+    if not 0 <= bad <= drawn <= population:
+        raise ValueError(f"expected 0 <= bad <= drawn <= population, got {bad}, {drawn}, {population}")
+    low, high = bad, population - drawn + bad  # as many bad ones there are at least, and at most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _plausible(population, middle, drawn, bad, alpha):
+            low = middle
+        else:
+            high = middle - 1
+    return low - bad
+
+
+def draws_needed(population: int, bad: int, left: int, alpha: Fraction = ALPHA) -> int:
+    """The smallest number of draws after which :func:`most_left` is at most ``left``, if they hold ``bad`` bad things."""
+    low, high = min(bad, population), population
+    while low < high:
+        middle = (low + high) // 2
+        beyond = bad + left + 1
+        if beyond > population - middle + bad or not _plausible(population, beyond, middle, bad, alpha):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _plausible(population: int, total: int, drawn: int, bad: int, alpha: Fraction) -> bool:
+    """Whether ``drawn`` of a population with ``total`` bad things hold ``bad`` of them or fewer with a probability above alpha."""
+    ways = sum(math.comb(total, j) * math.comb(population - total, drawn - j) for j in range(min(bad, drawn) + 1))
+    return ways > alpha * math.comb(population, drawn)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a set of figures says about a model, in words. The order matters: a success of an attack needs no reliable gradients.
 
 chance       the clean accuracy's interval reaches down to 1/K: there is nothing to attack
-not robust   the robust accuracy's interval lies below 1/K: worse than guessing
+not robust   the robust accuracy is 1/K or less: no better than guessing, and an upper bound at that
 unreliable   a check of the reliability report failed: the robust accuracy may be far too high
 robust       on a share of the images, with its interval; an upper bound like every such figure
 """
@@ -43,11 +43,11 @@ def verdict(record: Any, num_classes: int, notes: Sequence[str] = ()) -> Verdict
             f"Chance level: {_share(clean)} of the clean images are classified correctly, guessing gives {100 * chance:.1f} %. "
             "Robustness of such a model means nothing.",
         )
-    if robust.interval[1] < chance:
+    if robust.accuracy <= chance:
         return Verdict(
             "not robust",
-            f"Not robust at {where}: the attacks leave {_share(robust)} of the images correct, guessing would leave "
-            f"{100 * chance:.1f} %.",
+            f"Not robust at {where}: the attacks leave {_share(robust)} of the images correct, guessing "
+            f"would leave {100 * chance:.1f} %.",
         )
     if bad:
         return Verdict(

@@ -47,6 +47,9 @@ class SLAT(Stage):
         norm, eps: the threat model for the image; None takes the surrounding one.
     """
 
+    taps = True
+    crafts = True
+
     on: str = "clean"
     to: str = "adv"
     sites: tuple[str, ...] = ()

@@ -38,6 +38,7 @@ class Mixup(Stage):
     """
 
     coupled = True
+    mixes = True
 
     alpha: NonNegative = 1.0
     scope: Literal["batch", "sample"] = "batch"

@@ -235,24 +235,32 @@ def load_model(spec: str | Path, device: torch.device | str = "cpu") -> nn.Modul
     """A trained classifier, in eval mode.
 
     Args:
-        spec: a ``.safetensors`` checkpoint; ``timm:NAME`` or ``torchvision:NAME`` with their pretrained weights; or
-            ``package.module:callable``, which is a classifier, or makes one when called without arguments.
+        spec: a ``.safetensors`` checkpoint; ``hf:user/name`` (or a local folder of that layout); ``timm:NAME`` or
+            ``torchvision:NAME`` with their pretrained weights; or ``package.module:callable``, which is a classifier, or makes one
+            when called without arguments.
         device: where to put it.
 
     Raises:
         UserError: one line: no such file, not a checkpoint, no such model, or the import failed.
     """
     from robustlab import config
+    from robustlab.models import hub
 
     name = str(spec)
     head, colon, tail = name.partition(":")
+    if name.startswith(hub.PREFIX):
+        return hub.load_folder(hub.fetch(name), device)
+    if (Path(name) / hub.CONFIG).is_file():
+        return hub.load_folder(name, device)
     if colon and head in ("timm", "torchvision"):
         return config.build("model", name, init="pretrained").build().to(device).eval()
     if name.endswith((".safetensors", *PICKLED)) or Path(name).exists():
         return load_checkpoint(name, device)
     if colon and tail.isidentifier() and all(part.isidentifier() for part in head.split(".")):
         return as_module(import_callable(name), name).to(device).eval()
-    raise UserError(f"{name}: no such model; expected a .safetensors file, timm:NAME, torchvision:NAME or package.module:callable")
+    raise UserError(
+        f"{name}: no such model; expected a .safetensors file, hf:user/name, timm:NAME, torchvision:NAME or package.module:callable"
+    )
 
 
 class Wrapped(nn.Module):

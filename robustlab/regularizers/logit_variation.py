@@ -2,8 +2,9 @@
 
     lam * (1/B) * sum over the top share q of the B*K entries of |z(x) - z(x')|
 
-The top share is taken over the flattened batch, not per sample, so the term couples the batch. Gradients flow through both
-z(x) and z(x'); share = 1 is the full L1 distance. Differences from the authors' code: none in the loss.
+The top share is taken over the flattened batch, not per sample, so the term couples the batch; the whole part of q*B*K entries
+counts. Gradients flow through both z(x) and z(x'); share = 1 is the full L1 distance. Differences from the authors' code: at least
+one entry counts, where theirs would leave none of a tiny batch.
 """
 
 from __future__ import annotations
@@ -31,5 +32,5 @@ class LogitVariation(Regularizer):
 
     def __call__(self, forward: Forward, views: Views) -> Terms:
         gap = (forward(self.clean) - forward(self.adv)).abs()
-        k = max(1, round(self.share * gap.numel()))
+        k = max(1, int(gap.numel() * self.share))
         return {"logit_variation": Term(gap.flatten().topk(k).values.sum() / len(gap), coef=self.lam)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from robustlab.report.figures import COLOURS, STYLE
-from robustlab.report.page import picture, render
+from robustlab.report.drawing import draw, image_rows
+from robustlab.report.figures import COLOURS
+from robustlab.report.page import render
 
 MOODS = {"robust": "good", "not robust": "bad", "unreliable": "doubt", "chance": "bad"}
 SEVERITY = 3
@@ -45,29 +45,11 @@ def audit_page(found: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
         environment=sorted((k, v) for k, v in record["environment"].items() if v is not None),
         command=found["command"],
         figures={
-            "curve": _draw(lambda axes: _curve(axes, found["distances"], threat)),
-            "steps": _draw(lambda axes: _steps(axes, found["steps"])),
-            "grid": _grid(pictures) if len(pictures["clean"]) else None,
+            "curve": draw(lambda axes: _curve(axes, found["distances"], threat)),
+            "steps": draw(lambda axes: _steps(axes, found["steps"])),
+            "grid": image_rows(pictures) if len(pictures["clean"]) else None,
         },
     )
-
-
-def _draw(paint: Any, size: tuple[float, float] = (5.2, 3.2)) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=140, layout="constrained")
-        FigureCanvasAgg(figure)
-        paint(figure.add_subplot())
-        return _png(figure)
-
-
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return picture(buffer.getvalue())
 
 
 def _curve(axes: Any, distances: Mapping[str, Any], threat: Mapping[str, Any]) -> None:
@@ -89,25 +71,3 @@ def _steps(axes: Any, steps: list[dict[str, float]]) -> None:
     axes.set(xscale="log", xlabel="PGD steps", ylabel="mean cross-entropy")
     axes.set_xticks([s["steps"] for s in steps], [f"{s['steps']:g}" for s in steps])
     axes.minorticks_off()
-
-
-def _grid(pictures: Mapping[str, Any]) -> str:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    clean, adversarial = pictures["clean"], pictures["adversarial"]
-    change = adversarial - clean
-    change = 0.5 + change / (2 * np.abs(change).max(axis=(1, 2, 3), keepdims=True).clip(1e-12))
-    with matplotlib.rc_context(STYLE | {"font.size": 8}):
-        figure = Figure(figsize=(1.15 * len(clean) + 0.2, 3.9), dpi=140, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(3, len(clean), squeeze=False)
-        for row, images in zip(axes, (clean, adversarial, change), strict=True):
-            for place, image in zip(row, images, strict=True):
-                place.imshow(image[0] if len(image) == 1 else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=1)
-                place.set_axis_off()
-        for i in range(len(clean)):
-            axes[0, i].set_title(str(pictures["before"][i])[:14])
-            axes[1, i].set_title(str(pictures["after"][i])[:14])
-        return _png(figure)

@@ -16,7 +16,8 @@ from robustlab.results.leaderboard import format_eps
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-_NOT_TERMS = {"kind", "epoch", "step", "lr", "loss", "seconds", "images_per_second", "val_clean", "val_robust", "stopped"}
+_FIGURES = {"lr", "loss", "seconds", "images_per_second", "val_clean", "val_robust", "train_robust"}
+_NOT_TERMS = {"kind", "epoch", "step", "stopped", "rolled_back", *_FIGURES}
 
 
 class _Speed(ProgressColumn):
@@ -48,6 +49,13 @@ def terms_text(event: dict[str, Any]) -> str:
 def accuracies_text(event: dict[str, Any], attack: str) -> str:
     parts = [f"val clean {event['val_clean']:.1%}"] if "val_clean" in event else []
     return "  ".join(parts + ([f"{attack} {event['val_robust']:.1%}"] if "val_robust" in event else []))
+
+
+def gap_text(best: dict[str, Any], last: dict[str, Any], attack: str) -> str:
+    """Robust overfitting in one line: what the last epoch has lost against the best one, by the probe."""
+    name = "val_robust" if "val_robust" in last else "val_clean"
+    lost = 100 * (best[name] - last[name])
+    return f"robust overfitting: last is {lost:.1f} points under best ({attack if name == 'val_robust' else 'val clean'})"
 
 
 class _Screen:
@@ -116,6 +124,8 @@ class TrainingScreen(_Screen):
             err.print(f"{line}  {event['images_per_second']:.0f} img/s  eta {duration(left)}", markup=False)
         elif accuracies:
             self._bar.console.print(line, markup=False)
+        if "rolled_back" in event:
+            (self._bar.console if self._bar else err).print(f"rolled back: {event['rolled_back']}", markup=False)
 
 
 class EvaluationScreen(_Screen):
@@ -165,7 +175,8 @@ def record_text(record: Any) -> str:
     lines = [f"{record.model.label}  {record.suite.name}  {record.data.name}, {n} images, seed {record.seed}, {record.precision}"]
     lines.append(f"  clean   {share(m.clean.accuracy, m.clean.interval)}")
     for t in m.threats:
-        lines.append(f"  robust  {share(t.robust_accuracy, t.interval)}  {t.norm} {format_eps(t.eps, t.norm)}")
+        known = share(t.robust_accuracy, t.interval)
+        lines.append(f"  robust  {known}  {t.norm} {format_eps(t.eps, t.norm)}{upper_bound(t.audit)}")
     for name, values in m.corruptions.items():
         severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
@@ -194,6 +205,22 @@ def score_lines(s: Any) -> list[str]:
     return lines
 
 
+def upper_bound(audit: Any) -> str:
+    """What stands behind an accuracy that is only a bound: nothing for exact suites."""
+    if audit is None:
+        return ""
+    text = ": an upper bound on robust accuracy\n  audit   "
+    if not audit.survivors:
+        return f"{text}no need: all survivors were given all of {audit.suite}"
+    if not audit.audited:
+        return f"{text}none; {audit.survivors} survivors were not given all of {audit.suite}"
+    passes = f"{audit.forwards + audit.backwards:,} passes, {duration(audit.seconds)}, seed {audit.seed}"
+    return (
+        f"{text}{audit.audited} of {audit.survivors} survivors that were not given all of {audit.suite}: {audit.misses} broken; "
+        f"of the others it breaks at most {audit.left}, {audit.points:.2f} points (one-sided, 95 %); {passes}"
+    )
+
+
 def reliability_lines(report: Any) -> list[str]:
     """The verdict in one line, and one line for each check that did not pass."""
     if report is None:
@@ -218,6 +245,25 @@ def rescored_text(found: Any) -> str:
         lines.append(f"  {found.outside} lay outside ball or box and were projected before they were scored")
     if found.changed:
         lines.append(f"  {found.changed} verdicts differ from those in the file")
+    return "\n".join(lines)
+
+
+def diff_text(found: dict[str, Any]) -> str:
+    """How two runs differ, in one line per fact."""
+    first, second = found["names"]
+    lines = [f"{first} against {second}, {found['n']} test images"]
+    lines += [f"  {key}: {a} -> {b}" for key, (a, b) in found["config"].items()]
+    for name, gap in zip(found["names"], found["gaps"], strict=True):
+        if gap is not None:
+            best, last = (f"{gap[k]['val_robust']:.1%} (epoch {gap[k]['epoch']})" for k in ("best", "last"))
+            lines.append(f"  {name}: best probe {best}, last {last}, robust overfitting {gap['points']:.1f} points")
+    for what, p in found["paired"].items():
+        a, b = ((p.first_only + p.both) / found["n"], (p.second_only + p.both) / found["n"])
+        told = "told apart" if p.p < 0.05 else "not told apart"
+        lines.append(
+            f"  {what}: {a:.1%} -> {b:.1%}, difference {100 * p.difference:+.1f} points; only the first {p.first_only}, only the "
+            f"second {p.second_only}; McNemar p = {p.p:.3g}: {told}"
+        )
     return "\n".join(lines)
 
 

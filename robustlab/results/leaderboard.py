@@ -6,7 +6,8 @@
     index.md      the tables; index.csv: every row of them
 
 Only like is ranked with like: a section holds the records of one suite (every parameter of it), threat model, data set, split,
-number of images and precision. Within it, rows are sorted by robust accuracy and grouped: a group starts with the best row
+number of images and precision. A suite that stands in for another gives upper bounds: they rank by what the audit leaves of them,
+and not at all without one. Within a section, rows are sorted by robust accuracy and grouped: a group starts with the best row
 that is left and takes every following row whose interval overlaps that of the group's first. The data do not tell the rows of
 one group apart. Corruption suites have sections of their own, ranked by the mean accuracy; images made here and published
 files are different suites, so they never share one. Claims stand at the end of the section of their data set, norm and radius,
@@ -98,7 +99,8 @@ class Row:
     """One model in one section; accuracies are fractions, costs per image.
 
     In the section of a corruption suite ``low`` and ``high`` are those of ``corruption``, and ``source`` says which images.
-    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it.
+    ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it; ``bound`` is by how many points the robust
+    accuracy may be too high, where an audit says so.
     """
 
     model: str
@@ -123,6 +125,7 @@ class Row:
     radius: str = "-"
     runs: int = 1
     rank: int | None = None
+    bound: float | None = None
     best_known: float | None = None
     unreliable: bool | None = None
     extra_data: bool | None = None
@@ -145,13 +148,15 @@ class Row:
 class Section:
     """Rows that rank together.
 
-    ``series`` names what sections of a suite with several radii have in common; ``figure`` is a corruption suite's.
+    ``series`` names what sections of a suite with several radii have in common, ``exact`` the suite that this one stands in for;
+    ``figure`` is a corruption suite's.
     """
 
     heading: str
     facts: str
     rows: list[Row]
     series: str | None = None
+    exact: str | None = None
     figure: str | None = None
 
 
@@ -352,13 +357,14 @@ def sections(board_dir: str | Path, extra: Mapping[Path, Record] | None = None) 
     out = []
     for key in sorted(groups, key=lambda k: _order(k, board)):
         rows = [_row(folder, path, r, t, corruption.get((_model(r), _data(r))), ambiguous) for path, r, t in groups[key]]
-        rows = _rank(_worst(rows))
         _, first, threat = groups[key][0]
+        exact = threat.audit.suite if threat is not None and threat.audit is not None else None
+        rows = _rank(_worst(rows), bounds=exact is not None)
         swept = all(len(r.metrics.threats) > 1 for _, r, _ in groups[key])
         series = _canonical([*key[0], *key[1:4], key[5]]) if swept else None
         facts = _facts(first, threat, key in _variants(groups)) + _near(key, groups)
         figure = _figure(_heading(first, threat), out) if rows[0].source else None
-        out.append(Section(_heading(first, threat), facts, rows, series, figure))
+        out.append(Section(_heading(first, threat), facts, rows, series, exact, figure))
     return _with_claims(out, [(path.relative_to(folder).as_posix(), c) for path, c in known if isinstance(c, Claim)])
 
 
@@ -456,6 +462,7 @@ COLUMNS = (
     Column("model", "---", lambda r: _cell(r.model), True),
     Column("clean %", "---:", lambda r: _percent(r.clean), True),
     Column("robust %", "---:", lambda r: _percent(r.robust), True),
+    Column("too high by %", "---:", lambda r: "-" if r.bound is None else f"at most {r.bound:.2f}"),
     Column("best known %", "---:", lambda r: _percent(r.best_known)),
     Column("unreliable", "---", lambda r: _yes(r.unreliable)),
     Column("extra data", "---", lambda r: _yes(r.extra_data)),
@@ -521,7 +528,11 @@ def _with_claims(found: list[Section], claims: list[tuple[str, Claim]]) -> list[
 
         def fits(section: Section, row: Row = row, data: str = c.data) -> bool:
             first = section.rows[0]
-            return section.series is None and (first.data.split("/")[0], first.norm, first.eps) == (data, row.norm, row.eps)
+            return (
+                section.series is None
+                and section.exact is None
+                and (first.data.split("/")[0], first.norm, first.eps) == (data, row.norm, row.eps)
+            )
 
         place = next((s for s in found if fits(s)), None)
         if place is None:
@@ -669,6 +680,7 @@ def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: f
         entry=path.relative_to(folder).as_posix(),
         config=r.provenance.config,
         radius="-" if t is None else format_eps(t.eps, t.norm),
+        bound=t.audit.points if t is not None and t.audit is not None and t.bounded else None,
         unreliable=None if r.reliability is None or r.reliability.verdict is None else r.reliability.verdict == "fail",
         architecture=r.model.architecture,
         provenance=r.provenance.kind,
@@ -746,11 +758,13 @@ def _score(row: Row) -> tuple[float, float, str]:
     return main, row.clean, row.entry
 
 
-def _rank(rows: list[Row]) -> list[Row]:
-    rows = sorted(rows, key=lambda r: (-_score(r)[0], -r.clean, r.model, r.entry))
-    ours = [r for r in rows if r.provenance == "ours"]
-    if all(r.low is not None for r in ours):
-        for row, rank in zip(ours, rank_groups([(r.low or 0.0, r.high or 0.0) for r in ours]), strict=True):
+def _rank(rows: list[Row], bounds: bool) -> list[Row]:
+    """Sort and rank; of upper bounds only those that an audit limits, by intervals that reach down to the limit."""
+    rows = sorted(rows, key=lambda r: (bounds and r.bound is None, -_score(r)[0], -r.clean, r.model, r.entry))
+    able = [r for r in rows if r.provenance == "ours" and not (bounds and r.bound is None)]
+    if all(r.low is not None for r in able):
+        intervals = [((r.low or 0.0) - (r.bound or 0.0) / 100, r.high or 0.0) for r in able]
+        for row, rank in zip(able, rank_groups(intervals), strict=True):
             row.rank = rank
     return rows
 
@@ -760,8 +774,10 @@ def _heading(r: Record, t: ThreatRow | None) -> str:
         return f"{r.data.name}, {r.suite.name}, {s.source}"
     if t is None:
         return f"{r.data.name}, no attack"
-    return f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}" + (
-        "" if r.precision == "fp32" else f", {r.precision}"
+    return (
+        f"{r.data.name}, {t.norm} {format_eps(t.eps, t.norm)}, {r.suite.name}"
+        + ("" if r.precision == "fp32" else f", {r.precision}")
+        + ("" if t.audit is None else ": upper bounds")
     )
 
 
@@ -771,6 +787,11 @@ def _facts(r: Record, t: ThreatRow | None, variant: bool) -> str:
         text += f" The search ran in {r.precision}; these figures do not compare with full precision."
     if t is None and r.metrics.corruption_scores is not None:
         text += _corruption_facts(r)
+    if t is not None and t.audit is not None:
+        text += (
+            f" Upper bounds on the robust accuracy under {t.audit.suite}, beside which they do not rank; the audit says by how many"
+            " points at most they are too high (95 %). A record without one has no rank: `robustlab evaluate --resume --audit N`."
+        )
     if variant and t is not None:
         text += f" Suite parameters: `{_canonical(r.suite.resolved)}`."
     return text

@@ -99,6 +99,25 @@ class Cost(_Strict):
     backwards_per_sample: Annotated[float, Field(ge=0)]
 
 
+class AuditRow(_Strict):
+    """The audit of a suite that stands in for another (``suite``); see ``evaluation.Result.threats``.
+
+    Without an audit every one of the ``survivors`` that were not given the exact suite may be lost: ``left`` is their number.
+    """
+
+    suite: str
+    survivors: Number
+    audited: Number
+    misses: Number
+    left: Number
+    points: Annotated[float, Field(ge=0, le=100)]
+    looks: Number
+    seed: int
+    forwards: Number
+    backwards: Number
+    seconds: Annotated[float, Field(ge=0)]
+
+
 class ThreatRow(_Strict):
     """``curve``: robust accuracy against passes per image, (passes, accuracy) in order; see ``evaluation.result.cost_curve``."""
 
@@ -110,6 +129,12 @@ class ThreatRow(_Strict):
     per_attack: dict[str, AttackRow]
     cost: Cost
     curve: list[tuple[Annotated[float, Field(ge=0)], Share]] | None = None
+    audit: AuditRow | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the accuracy is that of its suite, or comes with the bound of an audit on what it leaves open."""
+        return self.audit is None or self.audit.audited > 0 or self.audit.survivors == 0
 
 
 class WorstCell(_Strict):
@@ -361,6 +386,8 @@ def _inconsistent(r: Record) -> str | None:
             return (
                 f"metrics.threats.{i}: {t.k} robust of {r.metrics.clean.k} correct and {n} in all does not fit {t.robust_accuracy}"
             )
+        if t.audit is not None and not t.audit.misses <= t.audit.audited <= t.audit.survivors - t.audit.left <= r.metrics.clean.k:
+            return f"metrics.threats.{i}.audit: {t.audit.model_dump(include={'survivors', 'audited', 'misses', 'left'})} do not fit"
     if r.metrics.robust is not None and (not r.metrics.threats or r.metrics.threats[0].k != r.metrics.robust.k):
         return "metrics.robust: differs from the first of metrics.threats"
     if (r.threat is None) != (r.metrics.robust is None):

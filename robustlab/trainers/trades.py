@@ -4,7 +4,8 @@
     x'     PGD on KL(softmax f(x) || softmax f(x')) from x + 0.001 N(0, 1): 10 steps of eps / 4, BatchNorm in eval mode
 
 The clean probabilities are computed once per batch: they do not change during the attack. The authors step 0.007 at 0.031 (a share
-of 0.226); eps / 4 is the step that the other trainers here use.
+of 0.226); eps / 4 is the step that the other trainers here use. Their loss passes the clean images twice in train mode, so running
+statistics see them twice; here each view once (weights agree).
 """
 
 from __future__ import annotations

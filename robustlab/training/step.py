@@ -61,7 +61,7 @@ def train_step(
                 views = outer.call(stage, outer.callee, views, r.child("inner", i))
         shards.append((views, r))
     outer.train()
-    terms = trainer.gradient(outer.f, outer.loss, shards, rng)  # g = dL/dw at w, or at w + v
+    terms = outer.call(trainer.gradient, outer.f, outer.loss, shards, rng)  # g = dL/dw at w, or at w + v
     if clip_grad is not None:
         torch.nn.utils.clip_grad_norm_(outer.parameters(), clip_grad)
     optimizer.step()  # w <- w - lr g

@@ -38,10 +38,18 @@ class Awp(GradientRule):
     gamma: NonNegative = 0.01
 
     def __call__(self, f: nn.Module, loss: Any, shards: Sequence[Shard], rng: Rng) -> dict[str, Tensor]:
-        leaves = [p for p in f.parameters() if p.ndim > 1 and p.requires_grad]
-        grads = gradient_at(loss, shards, leaves)
-        with torch.no_grad():
-            tiny = torch.finfo(leaves[0].dtype).tiny
-            v = [self.gamma * w.norm() / g.norm().clamp_min(tiny) * g for w, g in zip(leaves, grads, strict=True)]
-        with perturbed(leaves, v):
+        leaves = list(matrices(f).values())
+        with perturbed(leaves, worst(leaves, gradient_at(loss, shards, leaves), self.gamma)):
             return backward(loss, shards)
+
+
+def matrices(f: nn.Module) -> dict[str, Tensor]:
+    """The trained weights with more than one dimension, by name, in the model's order."""
+    return {name: p for name, p in f.named_parameters() if p.ndim > 1 and p.requires_grad}
+
+
+@torch.no_grad()
+def worst(leaves: Sequence[Tensor], grads: Sequence[Tensor], gamma: float) -> list[Tensor]:
+    """v_l = gamma ||w_l|| g_l / ||g_l||; zero where the gradient is."""
+    tiny = [torch.finfo(w.dtype).tiny for w in leaves]
+    return [gamma * w.norm() / g.norm().clamp_min(t) * g for w, g, t in zip(leaves, grads, tiny, strict=True)]

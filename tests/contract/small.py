@@ -13,11 +13,12 @@ from robustlab.outer import Outer, context_of
 from robustlab.registry import entries
 from robustlab.rng import Rng
 from robustlab.training.step import train_step
-from robustlab.types import GradientRule, Threat, View, one_hot, with_threat
+from robustlab.types import GradientRule, Threat, View, one_hot, rebuild, walk, with_threat
 
 THREAT = Threat("linf", 0.1)
 CLASSES, SHAPE = 5, (1, 8, 8)
 TRAINERS = sorted(entries("trainer"))
+COUPLED = {n for n in TRAINERS if any(getattr(p, "coupled", False) for p in walk(config.build("trainer", n)))}
 
 
 def net(bn=True, dropout=0.0, seed=0):
@@ -44,8 +45,13 @@ def trainer(name, **fields):
     return with_threat(config.build("trainer", name, **fields), THREAT)
 
 
-def outer_of(f, method, precision="fp32"):
-    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE), precision)
+def quick(name, **fields):
+    """The trainer with at most two steps in its attacks."""
+    return rebuild(trainer(name, **fields), lambda field, v: min(v, 2) if field == "steps" else v)
+
+
+def outer_of(f, method, precision="fp32", batch_size=None):
+    return Outer(f, method, context_of(f, CLASSES, 64, SHAPE, batch_size=batch_size), precision)
 
 
 def sgd(outer, lr=0.05):
@@ -54,7 +60,7 @@ def sgd(outer, lr=0.05):
 
 def steps(f, method, count=2, n=8, shards=1, precision="fp32", clip_grad=None, seed=5):
     """Train ``f`` for some steps; returns the outer module and the terms of the last step."""
-    outer = outer_of(f, method, precision)
+    outer = outer_of(f, method, precision, batch_size=n)
     optimizer, terms = sgd(outer), {}
     dtype = next(f.parameters()).dtype
     for s in range(count):
@@ -105,7 +111,7 @@ class Watch(GradientRule):
         self.seen.append(shards)
         if self.then is None:
             raise Halt
-        return self.then(f, loss, shards, rng)
+        return loss.outer.call(self.then, f, loss, shards, rng)
 
 
 @contextlib.contextmanager

@@ -81,7 +81,8 @@ def test_train_writes_a_run(here, capsys):
         "epoch   #  lr #  loss #  val clean #%  val pgd-# #%  # img/s  eta #s"
     ] * 2
     assert lines[3:] == ["next: robustlab evaluate run/best.safetensors"]
-    best, last = shown.out.splitlines()
+    best, last, gap = shown.out.splitlines()
+    assert gap.startswith("robust overfitting: last is ")
     assert re.fullmatch(r"best  epoch   \d  val clean [\d.]+%  val pgd-2 [\d.]+%  run/best\.safetensors", best)
     assert re.fullmatch(r"last  epoch   2  val clean [\d.]+%  val pgd-2 [\d.]+%  run/last\.safetensors", last)
     metrics = [json.loads(line) for line in (here / "run/metrics.jsonl").read_text().splitlines()]

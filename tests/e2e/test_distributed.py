@@ -30,10 +30,11 @@ from robustlab.rng import Rng
 from robustlab.training import distributed
 from robustlab.training.loop import Plan, loader
 from robustlab.training.step import train_step
-from robustlab.types import Alone, Threat, with_threat
+from robustlab.types import Alone, Threat, walk, with_threat
 
 STEPS, BATCH = 3, 32
 TRAINERS = sorted(entries("trainer"))
+COUPLED = {n for n in TRAINERS if any(getattr(p, "coupled", False) for p in walk(config.build("trainer", n)))}
 CASES = [*((name, 1) for name in TRAINERS), ("awp", 2), ("trades", 2)]  # with their micro-batches per process
 GRADIENT = 1000  # a message this long is a gradient; loss terms are shorter
 
@@ -141,7 +142,7 @@ def test_ranks_are_bit_identical_after_every_step(two):
         assert torch.equal(one[key], other[key]), key
 
 
-@pytest.mark.parametrize(("name", "parts"), CASES)
+@pytest.mark.parametrize(("name", "parts"), [c for c in CASES if c[0] not in COUPLED])
 def test_one_process_and_two_agree(two, name, parts):
     after, _ = train(name, Alone())
     start, _ = train_start()
@@ -153,6 +154,13 @@ def test_one_process_and_two_agree(two, name, parts):
     assert moved > 1e-3
 
 
+@pytest.mark.parametrize("name", sorted(COUPLED))
+def test_trainers_that_couple_the_batch_move_on_two_processes(two, name):
+    start, _ = train_start()
+    moved = max(float((two[0][0][f"{name}.1.{STEPS - 1}.{k}"] - start[k]).abs().max()) for k in start)
+    assert moved > 1e-3
+
+
 def train_start():
     torch.manual_seed(0)
     f = config.build("model", "small_cnn", width=8, norm="none", num_classes=10, in_channels=1).build().double()
@@ -161,11 +169,19 @@ def train_start():
 
 @pytest.mark.parametrize(("name", "parts"), CASES)
 def test_gradients_are_synchronised_once_a_step(two, name, parts):
-    """However many micro-batches there are; a weight perturbation that all processes share costs one more."""
+    """However many micro-batches there are; a shared weight perturbation costs one more, a carried one of images a gather."""
     method = config.build("trainer", name)
-    messages = 2 if method.gradient.name == "awp" else 1
+    messages = {"all_reduce of gradients": 2 if method.gradient.name in ("awp", "wt-awp") else 1}
+    if name == "free-at":  # places and perturbations
+        messages |= {"all_gather of numbers": 1, "all_gather of gradients": 1}
     for _, counts in two:
-        assert counts[f"{name}.{parts}"] == [{"all_reduce of gradients": messages}] * STEPS
+        gradients = [{k: n for k, n in step.items() if "gradients" in k} for step in counts[f"{name}.{parts}"]]
+        numbers = [{k: n for k, n in step.items() if "numbers" in k} for step in counts[f"{name}.{parts}"]]
+        assert gradients == [{k: n for k, n in messages.items() if "gradients" in k}] * STEPS
+        if method.gradient.name == "engm-approx":  # a fit is made together
+            assert [sum(n.values()) for n in numbers] == [1, 0, 0]
+        else:
+            assert numbers == [{k: n for k, n in messages.items() if "numbers" in k}] * STEPS
 
 
 def test_batchnorm_statistics_differ_until_they_are_averaged(two):
@@ -230,6 +246,21 @@ def test_a_killed_run_of_two_processes_resumes_bit_for_bit(tmp_path):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_an_average_gets_the_statistics_of_all_processes(tmp_path):
+    """SWA on two processes: both ranks refresh on their own batches, and the exported statistics are the mean over them."""
+    path, out = tmp_path / "run.yaml", tmp_path / "run"
+    average = "averaging: {name: swa, start: 0.0, refresh: 2}"
+    path.write_text(RUN.replace("averaging: {name: ema, decay: 0.9}", average).replace("epochs: 4", "epochs: 1"))
+    commands = start(path, out)
+    assert [c.wait() for c in commands] == [0, 0], commands[0].said() + commands[1].said()
+    saved = state(out)
+    counts = [v for k, v in saved.items() if k.startswith("outer.state.averaging.module") and k.endswith("num_batches_tracked")]
+    assert counts
+    assert all(int(v) == 2 for v in counts)
+    means = [k for k in saved if k.startswith("outer.f.") and k.endswith("running_mean")]
+    assert all(not torch.equal(saved[k], saved[k.replace("outer.f.", "outer.state.averaging.module.")]) for k in means)
 
 
 def test_parts_that_couple_the_batch_are_refused_on_two_processes(tmp_path):

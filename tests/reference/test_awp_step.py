@@ -1,4 +1,4 @@
-"""`awp` steps against Wu, Xia, Wang (NeurIPS 2020), algorithm 1, written out straight (tests/reference/straight_line.py)."""
+"""`awp`, `trades-awp` and `mart-awp` steps against Wu, Xia, Wang (NeurIPS 2020), algorithm 1, written out straight."""
 
 import pytest
 import straight_line as paper
@@ -59,3 +59,69 @@ def test_three_steps_are_the_algorithm(attack_bn):
         assert float(terms["loss"]) == pytest.approx(loss, rel=1e-9)
         paper.assert_same(f, optimizer, w, stats, velocity)
     assert int(f.b1.num_batches_tracked) == (3 * (STEPS + 1) if mode == "update" else 3)
+
+
+def awp_on_two_views(w, stats, velocity, x, label, noise, gamma, attacked, loss_of):
+    """A step at the worst weights of ``loss_of(z, z_adv)``; ``noise`` (N, C, H, W) is standard normal, the attack in eval mode."""
+    p = paper.softmax(paper.logits(x, w, stats, "eval"))
+    x_adv = x + 0.001 * noise
+    for _ in range(STEPS):
+        x_k = x_adv.clone().requires_grad_(True)
+        (g,) = torch.autograd.grad(attacked(p, paper.logits(x_k, w, stats, "eval"), label), x_k)
+        x_adv = paper.into_ball(x_adv + EPS / 4 * g.sign(), x, EPS)
+
+    def loss_at(w, mode):
+        return loss_of(paper.logits(x, w, stats, mode), paper.logits(x_adv, w, stats, mode), label)
+
+    here = paper.leaves(w)
+    g = paper.gradient(loss_at(here, "train"), here)
+    there = {}
+    for name in w:
+        v = gamma * (w[name] ** 2).sum().sqrt() * g[name] / (g[name] ** 2).sum().sqrt() if w[name].dim() > 1 else 0
+        there[name] = w[name] + v
+    there = paper.leaves(there)
+    loss = loss_at(there, "update")
+    paper.sgd(w, paper.gradient(loss, there), velocity)
+    return float(loss.detach())
+
+
+def trades(z, z_adv, label):
+    return paper.cross_entropy(z, label) + 6 * paper.divergence(paper.softmax(z), z_adv)
+
+
+def mart(z, z_adv, label):
+    p, p_adv = paper.softmax(z), paper.softmax(z_adv)
+    total = 0
+    for i, y in enumerate(label.tolist()):
+        wrong = torch.stack([p_adv[i, k] for k in range(5) if k != y]).max()
+        divergence = (p[i] * (p[i].log() - p_adv[i].log())).sum()
+        total = total - p_adv[i, y].log() - (1.0001 - wrong).log() + 5 * divergence * (1 - p[i, y])
+    return total / len(z)
+
+
+@pytest.mark.parametrize(
+    ("name", "attacked", "loss_of"),
+    [
+        ("trades-awp", lambda p, z, label: paper.divergence(p, z), trades),
+        ("mart-awp", lambda p, z, label: paper.cross_entropy(z, label), mart),
+    ],
+)
+def test_three_steps_with_another_objective(name, attacked, loss_of):
+    trainer = with_threat(config.build("trainer", name), Threat("linf", EPS))
+    f = paper.module()
+    w = {name: p.detach().clone() for name, p in f.named_parameters()}
+    stats = {name: b.clone() for name, b in f.named_buffers()}
+    velocity = {}
+    outer = Outer(f, trainer, context_of(f, 5, 3 * BATCH, (2, 6, 6)))
+    optimizer = torch.optim.SGD(outer.parameters(), lr=paper.LR, momentum=paper.MU, weight_decay=paper.DECAY)
+    rng = Rng(7).child("step")
+    for step in range(3):
+        x, label = torch.rand(BATCH, 2, 6, 6, dtype=torch.float64), torch.randint(5, (BATCH,))
+        key = torch.arange(BATCH) + step * BATCH
+        noise = rng.child("inner", 0).at(key).child("restart", 0).child("start").normal((2, 6, 6), torch.float64)
+        view = View(x=x, y=one_hot(label, 5, torch.float64), key=key)
+        terms = train_step(outer, [{"clean": view}], trainer, optimizer, rng, first=step)
+        loss = awp_on_two_views(w, stats, velocity, x, label, noise, 0.005, attacked, loss_of)
+        assert float(terms["loss"]) == pytest.approx(loss, rel=1e-9)
+        paper.assert_same(f, optimizer, w, stats, velocity)
+    assert int(f.b1.num_batches_tracked) == 3 * 2

@@ -24,15 +24,9 @@ N, SHAPE = 6, (2, 5, 5)
 ATTACKS = ("deepfool", "ddn", "fmn", "pdpgd", "sigma-zero", "cw", "ead")
 CASES = [(name, norm) for name in ATTACKS for norm in registry.lookup("attack", name).norms]
 
-# Fields with which the norm comes near the smallest one, and how near. EAD minimises l2 squared too; DeepFool oversteps on purpose.
-FIELDS = {
-    "deepfool": ({"overshoot": 1e-3}, 0.01),
-    "ddn": ({"steps": 500}, 0.01),
-    "fmn": ({"steps": 100}, 0.01),
-    "pdpgd": ({"steps": 700, "beta": 0.03, "inner_steps": 20, "inner_change": 1e-3}, 0.01),
-    "cw": ({"steps": 500}, 0.01),
-    "ead": ({"steps": 400, "beta": 0.1}, 0.02),
-}
+# The cross-entropy of DDN is that of one other class alone only where the logits are large: on a linear classifier with small ones
+# the nearest point of its level sets is not the nearest point of the boundary, by 4 % with ten classes.
+SCALE = {"ddn": 10.0}
 
 
 def linear(w: np.ndarray, b: np.ndarray, scale: float = 1.0):
@@ -102,36 +96,89 @@ def run(name: str, norm: str, f, x: np.ndarray, label: int, classes: int, shape=
     return info["distance"].numpy(), x_adv, info
 
 
-@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("classes", [2, 10])
 @pytest.mark.parametrize("regime", ["far", "active"])
-@pytest.mark.parametrize(("name", "norm"), [(n, p) for n, p in CASES if p != "l0"])
-def test_comes_near_the_smallest_norm(name, norm, regime, classes):
+@pytest.mark.parametrize(("name", "norm"), [*((n, p) for n, p in CASES if p != "l0"), *(("fab", p) for p in ("linf", "l2", "l1"))])
+def test_every_attack_comes_within_a_percent_with_its_defaults(name, norm, regime, classes):
     w, b, x = problem(regime, classes)
-    fields, tolerance = FIELDS[name]
-    scale = 10.0 if name == "ddn" else 1.0  # the gradient of the cross-entropy mixes the other classes unless the logits are large
-    distance, _, _ = run(name, norm, linear(w, b, scale), x, 0, classes, **fields)
-    best = smallest(w, b, x, norm)
-    ratio = distance / best
+    distance, _, _ = run(name, norm, linear(w, b, SCALE.get(name, 1.0)), x, 0, classes)
+    ratio = distance / smallest(w, b, x, norm)
     assert ratio.min() >= 1 - 1e-7
-    assert ratio.max() <= 1 + tolerance
+    assert ratio.max() <= 1.01
 
 
-@pytest.mark.parametrize(("name", "fields"), [("sigma-zero", {"steps": 500}), ("fmn", {"steps": 200, "alpha": 10.0})])
-@pytest.mark.parametrize(("classes", "shape"), [(2, (1, 3, 4)), (3, (1, 3, 4)), (3, (3, 3, 4))])
-def test_l0_finds_the_fewest_pixels(name, fields, classes, shape):
-    """The exact number, one to four, for nine images in ten, and one more for the others. A pixel of three channels counts once."""
-    off = []
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_the_last_step_goes_back_to_the_boundary(norm):
+    """DeepFool goes to 1.02 of the distance in its one step; every bisection halves what is left of that."""
+    w, b, x = problem("far", 2)
+    name = "deepfool" if norm != "l1" else "fmn"
+    fields = {"overshoot": 0.02} if norm != "l1" else {"steps": 12}
+    best = smallest(w, b, x, norm)
+    excess = [run(name, norm, linear(w, b), x, 0, 2, refine=k, **fields)[0] / best - 1 for k in (0, 8, 16, 24)]
+    if norm != "l1":
+        np.testing.assert_allclose(excess[0], 0.02, rtol=1e-6)
+        assert all(e.max() <= 1.03 * 2.0**-k for k, e in zip((8, 16, 24), excess[1:], strict=True))
+    assert all((late <= early).all() for early, late in itertools.pairwise(excess))
+    cost = [run(name, norm, linear(w, b), x, 0, 2, refine=k, **fields)[2]["passes"] for k in (0, 8)]
+    assert torch.equal(cost[1] - cost[0], torch.tensor([[8, 0]]).expand(N, 2))
+
+
+@pytest.mark.parametrize("name", ["sigma-zero", "fmn"])
+@pytest.mark.parametrize(("classes", "shape"), [(2, (1, 3, 4)), (3, (1, 3, 4)), (10, (1, 3, 4)), (3, (3, 3, 4))])
+def test_l0_is_the_fewest_pixels(name, classes, shape):
+    """One to five or so, found by trying all sets. A pixel of three channels counts once."""
     for seed in range(2):
-        rng = np.random.default_rng(seed)
-        w = rng.normal(size=(classes, int(np.prod(shape))))
-        x = rng.uniform(0, 1, (400, w.shape[1])).round(1)
-        b = -(w @ x.mean(0)) + 1.5 * (np.arange(classes) == 0)
-        x = x[(x @ w.T + b).argmax(1) == 0][:40]
-        distance, _, _ = run(name, "l0", linear(w, b), x, 0, classes, shape, **fields)
-        off.extend(distance - fewest(w, b, x, pixels=12))
-    assert min(off) >= 0
-    assert max(off) <= 1
-    assert np.mean(np.array(off) == 0) >= 0.88
+        w, b, x = l0_problem(classes, shape, seed)
+        distance, _, _ = run(name, "l0", linear(w, b), x, 0, classes, shape, steps=100)
+        best = fewest(w, b, x, pixels=12)
+        assert len(np.unique(best)) >= 3
+        np.testing.assert_array_equal(distance, best)
+
+
+def l0_problem(classes: int, shape, seed: int):
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(classes, int(np.prod(shape))))
+    x = rng.uniform(0, 1, (1500, w.shape[1])).round(1)
+    b = -(w @ x.mean(0)) + 4.0 * (np.arange(classes) == 0)
+    return w, b, x[(x @ w.T + b).argmax(1) == 0][:40]
+
+
+def test_sigma_zero_keeps_and_drops_whole_pixels():
+    """The authors' code counts and thresholds values; ours counts pixels, so a small change in one channel stays beside a large.
+
+    The third channel can move by 0.05 at most, less than any threshold on the way, and counts twenty times: where a pixel is
+    changed all its channels are, and so few pixels do.
+    """
+    rng = np.random.default_rng(0)
+    v = np.concatenate([np.ones((2, 12)), np.full((1, 12), 20.0)]).reshape(-1)
+    x = np.concatenate([rng.uniform(0.3, 0.5, (10, 24)), np.full((10, 12), 0.95)], 1)
+    w, b = np.stack([np.zeros(36), v]), np.array([0.0, -(x.mean(0) @ v) - 4.0])
+    distance, x_adv, _ = run("sigma-zero", "l0", linear(w, b), x, 0, 2, (3, 3, 4), steps=200, refine=0)
+    moved = (x_adv - torch.tensor(x).view(-1, 3, 3, 4)).ne(0)
+    assert torch.equal(moved[:, 2], moved.any(1))
+    assert distance.max() <= fewest(w, b, x, pixels=12).max() + 1
+
+
+def test_fmn_in_l2_moves_on_the_sphere_of_its_radius():
+    """Its projection scales up as well as down: where a point no longer fools the norm grows by a twentieth."""
+    w, b, x = problem("far", 2)
+    f, sizes, hits = linear(w, b), [], []
+    images = torch.tensor(x).view(N, *SHAPE)
+
+    def watched(z):
+        out = f(z)
+        sizes.append(geometry.norm_of(z.detach() - images, "l2"))
+        hits.append(out.detach().argmax(1) != 0)
+        return out
+
+    registry.lookup("attack", "fmn")(norm="l2", steps=30, refine=0, alpha=1e-3, alpha_last=1e-3, gamma_last=0.05).run(
+        watched, images, one_hot(torch.zeros(N, dtype=torch.long), 2, torch.float64), Rng(0).at(torch.arange(N))
+    )
+    sizes, hits = torch.stack(sizes[1:]), torch.stack(hits[1:])  # the first is the clean image
+    ever = hits.cumsum(0) > 0
+    grows = ever[1:-1] & ~hits[1:-1]
+    assert int(grows.sum()) > 3 * N
+    torch.testing.assert_close(sizes[2:][grows], 1.05 * sizes[1:-1][grows], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize(("name", "norm"), [(n, p) for n, p in CASES if n != "deepfool" and p != "l0"])
@@ -142,8 +189,8 @@ def test_targeted_reaches_the_class_near_the_smallest_norm(name, norm):
     best = np.array([to_region(w, b, xi, 2, norm) for xi in x])
     nearest = smallest(w, b, x, norm)
     assert (best > 1.05 * nearest).all()
-    fields = FIELDS[name][0] | ({"steps": 1000} if name == "ddn" else {})
-    distance, _, _ = run(name, norm, linear(w, b, 10.0 if name == "ddn" else 1.0), x, 2, 3, shape, targeted=True, **fields)
+    fields = {"steps": 1000} if name == "ddn" else {}
+    distance, _, _ = run(name, norm, linear(w, b, SCALE.get(name, 1.0)), x, 2, 3, shape, targeted=True, **fields)
     ratio = distance / best
     assert ratio.min() >= 1 - 1e-6
     assert ratio.max() <= 1.05
@@ -248,12 +295,12 @@ def test_more_steps_of_deepfool_where_the_classifier_bends():
     f, x = net(), sample(40)
     y = f(x).argmax(1)
     attack = registry.lookup("attack", "deepfool")
-    _, info = attack(norm="l2").run(f, x, one_hot(y, 4, x.dtype), Rng(0).at(y))
+    _, info = attack(norm="l2", refine=0).run(f, x, one_hot(y, 4, x.dtype), Rng(0).at(y))
     taken = (info["passes"][:, 0] - 1) // 2
     assert int(taken.min()) >= 1
     assert len(taken.unique()) > 1
     assert torch.equal(info["passes"][:, 1], 3 * taken)
-    _, short = attack(norm="l2", steps=1).run(f, x, one_hot(y, 4, x.dtype), Rng(0).at(y))
+    _, short = attack(norm="l2", steps=1, refine=0).run(f, x, one_hot(y, 4, x.dtype), Rng(0).at(y))
     assert torch.equal(short["distance"].isfinite(), taken == 1)
 
 
@@ -309,6 +356,6 @@ def test_radii_per_sample_are_the_radii_of_each(norm):
     eps = torch.tensor([0.0, 0.05, 0.2, 0.7, 1.0, 3.0], dtype=x.dtype) * {"linf": 1, "l2": 2, "l1": 8, "l0": 5}[norm]
     project = lambda i, e: geometry.project(x[i], x0[i], norm, e)  # noqa: E731
     ball = lambda i, e: geometry.project_ball((x - x0)[i], norm, e)  # noqa: E731
-    for fn in (project, ball, *([lambda i, e: geometry.linear_max((x - x0)[i], x0[i], "l2", e)] if norm == "l2" else [])):
+    for fn in (project, ball, *([lambda i, e: geometry.linear_max((x - x0)[i], x0[i], norm, e)] if norm in ("l2", "l0") else [])):
         one_by_one = torch.cat([fn(slice(i, i + 1), float(e)) for i, e in enumerate(eps)])
         torch.testing.assert_close(fn(slice(None), eps), one_by_one, rtol=0, atol=1e-12)

@@ -401,6 +401,11 @@ def strategy(hint) -> st.SearchStrategy:
         return st.one_of(*map(strategy, args))
     if isinstance(hint, type) and issubclass(hint, Part):
         return st.sampled_from([n for n, c in entries(hint.kind).items() if not required_fields(c)])
+    if dataclasses.is_dataclass(hint):
+        needed = set(required_fields(hint))
+        some = {name: strategy(h) for name, h in typing.get_type_hints(hint, include_extras=True).items()}
+        must = {name: some.pop(name) for name in needed}
+        return st.fixed_dictionaries(must, optional=some)
     plain = {
         bool: st.booleans(),
         int: st.integers(-(2**62), 2**62),

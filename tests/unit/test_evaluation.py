@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from robustlab import geometry
+from robustlab.evaluation.cascade import unique
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.ledger import Ledger, read
-from robustlab.evaluation.runner import evaluate, threats_of, unique
+from robustlab.evaluation.runner import evaluate, threats_of
 from robustlab.losses import cross_entropy
 from robustlab.types import Attack, Corruption, Splits, Suite, Threat, UserError
 

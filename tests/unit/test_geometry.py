@@ -1,5 +1,6 @@
 """Norm balls against convex optimisation: optimality is checked by linear programs, bisection and variational inequalities."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import optimize, stats
 
-from robustlab.geometry import NORMS, linear_max, norm_of, project, project_ball, project_l1, sample_ball, steepest
+from robustlab.geometry import (
+    NORMS,
+    linear_max,
+    norm_of,
+    project,
+    project_ball,
+    project_l1,
+    prox,
+    sample_ball,
+    steepest,
+    to_hyperplane,
+)  # fmt: skip
 from robustlab.rng import Rng
 
 CONVEX = ("linf", "l2", "l1")
@@ -284,6 +296,62 @@ def test_no_gradient_no_move(norm):
     p = linear_max(half, x0, norm, 0.5 if norm != "l0" else 2)
     assert torch.equal(p[0], x0[0])
     assert not torch.equal(p[1], x0[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(x0=tensors(unit, 2), g=tensors(st.floats(-3, 3), 2), k=st.integers(0, 6))
+def test_l0_against_all_sets_of_pixels(x0, g, k):
+    """Of the points that differ from x0 in at most k pixels project finds the nearest to x, clamped, linear_max the best."""
+    boxed, nearest, best = (x0 + g).clamp(0, 1), project(x0 + g, x0, "l0", k), linear_max(g, x0, "l0", k)
+    assert_feasible(nearest, x0, "l0", k, 0)
+    assert_feasible(best, x0, "l0", k, 0)
+    far, gain = [], []
+    for chosen in itertools.combinations(range(6), k):
+        mask = torch.zeros(6, dtype=torch.bool)
+        mask[list(chosen)] = True
+        mask = mask.view(1, 1, 2, 3)
+        far.append((torch.where(mask, boxed, x0) - boxed).square().flatten(1).sum(1))
+        gain.append(dot(g, torch.where(mask, torch.where(g > 0, 1 - x0, -x0), 0.0)))
+    torch.testing.assert_close((nearest - boxed).square().flatten(1).sum(1), torch.stack(far).amin(0), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(dot(g, best - x0), torch.stack(gain).amax(0), atol=1e-12, rtol=1e-12)
+    each = linear_max(g, x0, "l0", torch.tensor([float(k), 0.0]))
+    torch.testing.assert_close(dot(g, each - x0)[0], dot(g, best - x0)[0], atol=1e-12, rtol=1e-12)
+    assert torch.equal(each[1], x0[1])
+
+
+@settings(max_examples=80, deadline=None)
+@given(x=tensors(unit), w=tensors(st.floats(-3, 3)), c=st.floats(-4, 4), norm=st.sampled_from(CONVEX))
+def test_to_hyperplane_satisfies_the_kkt_conditions(x, w, c, norm):
+    """One multiplier explains d: coordinates that could help more per unit of the norm are at their bounds."""
+    assume(abs(c) > 1e-3)
+    d = to_hyperplane(x, w, torch.full((len(x),), c, dtype=x.dtype), norm)
+    assert_feasible(x + d, x, norm, 1e9)
+    help_ = -math.copysign(1, c) * w  # moving along its sign brings the function to zero
+    room = torch.where(help_ > 0, 1 - x, x)
+    for h, r, d_i in zip(help_.flatten(1), room.flatten(1), d.flatten(1), strict=True):
+        reach, gained, strong = float((h.abs() * r).sum()), float((h * d_i).sum()), h.abs() > 1e-9
+        assert gained == pytest.approx(min(abs(c), reach), abs=1e-7)
+        assert bool((h * d_i >= 0).all())
+        free = strong & (d_i.abs() < r - 1e-9)
+        if norm == "linf" and bool(free.any()):  # all that are free move equally, and nothing moves farther
+            assert float((d_i[free].abs() - d_i.abs().max()).abs().max()) < 1e-8
+        if norm == "l2" and bool(free.any()):  # those that are free move in proportion to h, the others would move at least as far
+            rate = float((d_i[free].abs() / h[free].abs()).max())
+            assert float((d_i[free].abs() - rate * h[free].abs()).abs().max()) < 1e-7
+            assert bool((d_i[strong].abs() <= rate * h[strong].abs() + 1e-7).all())
+        if norm == "l1" and bool((d_i.abs() > 1e-9).any()):  # a coordinate moves only when all stronger ones are at their bounds
+            weakest = float(h[d_i.abs() > 1e-9].abs().min())
+            assert not bool((free & (h.abs() > weakest + 1e-9)).any())
+
+
+@settings(max_examples=80, deadline=None)
+@given(d=tensors(wide), t=st.floats(0.01, 3), norm=st.sampled_from(CONVEX))
+def test_prox_satisfies_the_optimality_conditions(d, t, norm):
+    """(d - u) / t is a subgradient of the norm at u: its dual norm is at most one, and <d - u, u> = t ||u||."""
+    u = prox(d, torch.full((len(d),), t, dtype=d.dtype), norm)
+    dual = {"linf": "l1", "l2": "l2", "l1": "linf"}[norm]
+    assert float(norm_of(d - u, dual).max()) <= t * (1 + 1e-9) + 1e-12
+    torch.testing.assert_close(dot(d - u, u), t * norm_of(u, norm), atol=1e-9, rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------ the rest

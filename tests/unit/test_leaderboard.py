@@ -382,3 +382,44 @@ def test_a_suite_with_several_radii_is_one_table_with_a_column_each(tmp_path):
     assert "curve.png" not in text
     (folder / "curve.png").touch()
     assert "![accuracy against the radius](curve.png)" in build(folder)[0].read_text()
+
+
+# ------------------------------------------------------------------------------------------------------------ upper bounds
+
+
+def bound(label, k, audited, left, *, n=128, **changes):
+    raw = record(label, k, n=n, **changes)
+    raw["suite"] = {"name": "autoattack-fast", "resolved": {"name": "autoattack-fast", "exact": "autoattack"}}
+    counts = {"survivors": 60, "audited": audited, "misses": 0, "left": left, "points": 100 * left / n, "looks": 0, "seed": 0}
+    raw["metrics"]["threats"][0]["audit"] = {"suite": "autoattack", **counts, "forwards": 9, "backwards": 9, "seconds": 1.0}
+    return raw
+
+
+def test_upper_bounds_stand_apart_and_rank_by_what_their_audit_leaves(tmp_path):
+    exact = record("exact", 80)
+    folder = board(
+        tmp_path, exact, bound("wide", 100, 5, 55), bound("sure", 99, 60, 0), bound("low", 60, 60, 0), bound("bare", 110, 0, 60)
+    )
+    found = {section.rows[0].suite: section for section in sections(folder)}
+    assert [row.model for row in found["autoattack-reference"].rows] == ["exact"]
+    assert found["autoattack-reference"].exact is None
+    fast = found["autoattack-fast"]
+    assert fast.exact == "autoattack"
+    assert fast.heading.endswith("autoattack-fast: upper bounds")
+    assert "no rank" in fast.facts
+    # 100 of 128, but perhaps 55 fewer: not told apart from 60 of 128; without an audit: last and unranked
+    assert [(row.model, row.rank) for row in fast.rows] == [("wide", 1), ("sure", 1), ("low", 1), ("bare", None)]
+    build(folder)
+    text = (folder / "index.md").read_text()
+    heads = [line for line in text.splitlines() if line.startswith("| rank")]
+    assert ["too high by %" in head for head in heads] == [True, False]  # not in the exact suite's table
+    assert "at most 0.00" in next(line for line in text.splitlines() if line.startswith("| 1 | sure"))
+    alone = board(tmp_path / "alone", bound("sure", 99, 60, 0), bound("low", 60, 60, 0))
+    assert [row.rank for row in sections(alone)[0].rows] == [1, 2]
+
+
+def test_an_audit_that_does_not_add_up_is_refused(tmp_path):
+    raw = bound("x", 80, 10, 51)
+    (tmp_path / "record.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"threats\.0\.audit"):
+        read_record(tmp_path / "record.json")

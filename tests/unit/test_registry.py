@@ -81,7 +81,7 @@ def test_a_name_belongs_to_one_class(scratch):
 
 def test_an_unknown_name_gets_the_nearest_one():
     with pytest.raises(
-        UserError, match=r"^unknown corruption 'contrst' \(did you mean 'contrast'\?\); known: brightness, contrast"
+        UserError, match=r"^unknown corruption 'contrst' \(did you mean 'contrast'\?\); known: .*brightness, .*contrast"
     ):
         lookup("corruption", "contrst")
     with pytest.raises(UserError, match=r"did you mean 'contrast'"):

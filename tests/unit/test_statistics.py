@@ -1,12 +1,22 @@
-"""Intervals against scipy's and against their defining equations."""
+"""Intervals and limits against scipy's, against their defining equations and against every possible draw."""
 
+import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
-from scipy.stats import binom, binomtest, ttest_1samp
+from scipy.stats import binom, binomtest, hypergeom, ttest_1samp
 
-from robustlab.evaluation.statistics import clopper_pearson, images_needed, mcnemar, over_seeds, wilson
+from robustlab.evaluation.statistics import (
+    clopper_pearson,
+    draws_needed,
+    images_needed,
+    mcnemar,
+    most_left,
+    over_seeds,
+    wilson,
+)
 
 CASES = [(0, 1), (1, 1), (0, 128), (128, 128), (1, 2), (90, 128), (4999, 10_000), (1, 50_000)]
 
@@ -52,6 +62,67 @@ def test_impossible_counts_are_refused(interval):
             interval(k, n)
     with pytest.raises(ValueError, match="level"):
         interval(1, 3, 1.0)
+
+
+# ----------------------------------------------------------------------------------------- what a random sample leaves out
+
+
+def chance_of_at_most(population, total, drawn, bad):
+    """P(X <= bad), by going through every possible draw."""
+    draws = list(itertools.combinations(range(population), drawn))
+    return Fraction(sum(sum(i < total for i in draw) <= bad for draw in draws), len(draws))
+
+
+@pytest.mark.parametrize("population", [1, 5, 8])
+@pytest.mark.parametrize("alpha", [Fraction(1, 20), Fraction(1, 3)])
+def test_what_is_left_is_the_largest_number_that_the_draw_does_not_refute(population, alpha):
+    for drawn in range(population + 1):
+        for bad in range(drawn + 1):
+            possible = range(bad, population - drawn + bad + 1)
+            kept = [total for total in possible if chance_of_at_most(population, total, drawn, bad) > alpha]
+            assert most_left(population, drawn, bad, alpha) == max(kept) - bad, (drawn, bad)
+
+
+@pytest.mark.parametrize(
+    ("population", "drawn", "bad"), [(450, 60, 0), (450, 100, 2), (4500, 300, 0), (50_000, 60, 1), (200, 199, 5)]
+)
+def test_what_is_left_agrees_with_scipy(population, drawn, bad):
+    total = most_left(population, drawn, bad) + bad
+    assert hypergeom.cdf(bad, population, total, drawn) > 0.05
+    assert hypergeom.cdf(bad, population, total + 1, drawn) <= 0.05 or total == population - drawn + bad
+
+
+def test_what_is_left_when_nothing_or_everything_is_drawn():
+    assert most_left(30, 0, 0) == 30
+    assert most_left(30, 30, 4) == 0
+    assert most_left(0, 0, 0) == 0
+    for population, drawn, bad in [(3, 4, 0), (3, 2, 3), (3, 2, -1)]:
+        with pytest.raises(ValueError, match="0 <= bad <= drawn <= population"):
+            most_left(population, drawn, bad)
+
+
+@pytest.mark.parametrize("population", [10, 25])
+def test_the_limit_holds_in_95_of_100_draws_whatever_the_truth(population):
+    """Exactly: the probabilities of the draws whose limit is too low are added up."""
+    closest = 1.0
+    for drawn in range(population + 1):
+        for total in range(population + 1):
+            counts = range(max(0, total + drawn - population), min(total, drawn) + 1)
+            good = [k for k in counts if total - k <= most_left(population, drawn, k)]
+            coverage = sum(hypergeom.pmf(k, population, total, drawn) for k in good)
+            assert coverage >= 0.95 - 1e-9
+            closest = min(closest, coverage)
+    assert closest < 0.97  # and no wider than it has to be
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_draws_needed_is_the_first_number_that_is_enough(bad):
+    for population in (12, 40):
+        for left in (0, 2, 5):
+            needed = draws_needed(population, bad, left)
+            enough = [m for m in range(bad, population + 1) if most_left(population, m, bad) <= left]
+            assert needed == enough[0]
+            assert enough == list(range(needed, population + 1))
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (3, 9), (50, 61), (600, 700)])

@@ -153,3 +153,13 @@ def test_a_wrapped_model_is_tapped_inside(f, x):
     with tapped(Precise(f), [Tap("head", lambda h: h + 1)]):
         inside = Precise(f)(x)
     assert torch.equal(inside, f(x) + 1)
+
+
+def test_the_stem_is_the_first_convolution_unless_a_layer_is_called_so():
+    f = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (4, 4)), nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1))
+    assert find_layer(f, "stem") is f[2]
+    f.add_module("stem", nn.Identity())
+    assert find_layer(f, "stem") is f.stem
+    assert find_layer(nn.Sequential(f), "stem") is f.stem
+    with pytest.raises(UserError, match="no layer 'stem'"):
+        find_layer(nn.Sequential(nn.Linear(2, 2)), "stem")
