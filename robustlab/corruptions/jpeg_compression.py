@@ -2,17 +2,19 @@
 
     x~ = decode(encode(x, quality))
 
-The codec is libjpeg-turbo's, called once for each image on the CPU, in as many threads as torch has: what it rounds is part of
-the benchmark, and its colour planes have half the resolution (4:2:0). Images on another device make the journey and come back.
+The codec is Pillow's libjpeg-turbo, called once for each image on the CPU, in as many threads as torch has. What it rounds is part
+of the benchmark, and its colour planes have half the resolution (4:2:0). Images on another device make the journey and come back.
 
 Differences from the authors' code: none.
 """
 
 from __future__ import annotations
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,22 +37,25 @@ class JpegCompression(Corruption):
     table: Literal["cifar", "imagenet"] = "cifar"
 
     def __call__(self, x: Tensor, severity: int, rng: Rng) -> Tensor:
-        from torchvision.io import decode_jpeg, encode_jpeg
+        from PIL import Image
 
         quality = at_severity(QUALITY[self.table], severity)
         if len(x) == 0:
             return x.clone()
-        levels = x.to("cpu", copy=True, memory_format=torch.channels_last).mul_(255).round_()  # as the codec wants it
-        out = levels.to(torch.uint8)
+        levels = x.to("cpu", copy=True).movedim(1, -1).mul_(255).round_().to(torch.uint8)
+        out = levels.contiguous().numpy()
 
-        def compress(images: Tensor) -> None:
+        def compress(images: np.ndarray) -> None:
             for image in images:
-                image.copy_(decode_jpeg(encode_jpeg(image, quality)))
+                file, grey = io.BytesIO(), image.shape[-1] == 1
+                Image.fromarray(image[..., 0] if grey else image).convert("RGB").save(file, "JPEG", quality=quality)
+                with Image.open(file) as small:
+                    image[:] = np.asarray(small.convert("L"))[..., None] if grey else np.asarray(small)
 
-        parts = out.tensor_split(min(torch.get_num_threads(), len(out)))
+        parts = np.array_split(out, min(torch.get_num_threads(), len(out)))
         if len(parts) == 1:
             compress(out)
         else:
             with ThreadPoolExecutor(len(parts)) as pool:
                 list(pool.map(compress, parts))
-        return out.to(x.device).to(x.dtype, memory_format=torch.contiguous_format).div_(255)
+        return torch.from_numpy(out).movedim(-1, 1).contiguous().to(x.device).to(x.dtype).div_(255)

@@ -7,6 +7,9 @@
         for each corruption and severity: argmax f(corrupt(x)) = y, and if so asked f(x + delta) = y on those
     a random part of the survivors that were spared an attack gets the exact suite (audit)
 
+Attacks search on a prepared copy of the model (``prepare``); where that is fooled and the model is not, the attack runs again on
+the next better copy, last on the model itself: a false success saves no sample (``unverified`` in the ledger counts them).
+
 It trusts nobody: an attack sees a copy of the images and may return what it likes; it is projected on ball and box and scored again
 here. Draws are keyed by the image's position, never by its batch. Every verdict is in the ledger before the next is computed.
 """
@@ -35,6 +38,7 @@ from robustlab.evaluation.cascade import Step, descend, gate_of, nearness_in, st
 from robustlab.evaluation.counting import Counter, per_sample
 from robustlab.evaluation.ledger import Ledger, threat_name
 from robustlab.evaluation.official import Official, clean_of, open_official
+from robustlab.evaluation.prepare import prepare
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
 from robustlab.evaluation.shards import check_shard, mine
@@ -91,7 +95,8 @@ def evaluate(
         seed: of all draws; None takes the suite's, else 0.
         batch_size: images per attack call. No verdict of an attack that is not ``coupled`` depends on it (in exact arithmetic).
         device: where to compute; a module is moved there. None: where its parameters are.
-        precision: of the search. Scores are always in full precision.
+        precision: of the search. Scores are always in full precision, and a sample that only bfloat16 sees fooled is searched
+            again in float32.
         num_examples: the first so many images; None takes the suite's number, else all.
         out: folder for ``ledger.jsonl``; this process holds the folder meanwhile.
         resume: go on with the ledger in ``out``, if there is one.
@@ -283,6 +288,7 @@ class _Run:
         self.dtype = _dtype(f)
         self.ledger, self.size, self.progress = ledger, size, progress
         self.num_classes, self.keeper = num_classes, keeper
+        self.prepared: dict[str, Classifier] = {}  # by precision: what attacks search on, made when first asked for
         self.steps, self.gate = steps_of(suite), gate_of(suite)
         self.corruptions: list[tuple[str, Corruption | None]] = [
             *zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True),
@@ -372,27 +378,76 @@ class _Run:
         self, threat: Threat, position: int, label: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor
     ) -> dict[str, Any]:
         if len(x) == 0:
-            return self._write(threat, label, [], [], 0, 0, 0.0, {"reached": 0.0, "outside": 0, "flags": []})
+            return self._write(threat, label, [], [], 0, 0, 0.0, {"reached": 0.0, "outside": 0, "unverified": 0, "flags": []})
         rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), position, attack.name)
         rng = rng.split(1, first=self.batches)[0].at(index.to(self.device))
-        assert self.num_classes is not None
-        counter, target = Counter(self._searching, unwrap(self.f)), one_hot(y, self.num_classes, self.dtype)
         start = self._clock()
+        rows, x_adv, spent = torch.arange(len(x), device=x.device), x.clone(), torch.zeros(3, dtype=torch.long)
+        verdict = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        reached, outside, flags, nearness = 0.0, 0, list[str](), dict[str, Tensor]()
+        each: Tensor | None = torch.zeros(len(x), 2, dtype=torch.long)
+        for f in self._searches(x):
+            found, info, counter = self._once(f, threat, label, attack, x[rows], y[rows], rng.select(rows))
+            found, far, out = trusted(found, x[rows], threat, label)
+            z = self._logits(found)
+            x_adv[rows], verdict[rows] = found, self._right(z, y[rows])
+            reached, outside, flags = max(reached, far), outside + out, flags + [str(flag) for flag in info.get("flags", ())]
+            told = per_sample(info, len(rows), counter)
+            looked, false = self._false_successes(f, counter, found, y[rows], z)
+            each = None if each is None or told is None else each.index_add(0, rows.cpu(), torch.tensor(told))
+            if each is not None:
+                each[rows[looked].cpu(), 0] += 1
+            if "nearness" in info:
+                nearness.setdefault("nearness", torch.zeros(len(x)).to(info["nearness"]))[rows] = info["nearness"]
+            spent += torch.tensor([counter.forwards, counter.backwards, len(false)])
+            if len(rows := rows[false]) == 0:
+                break
+        seconds = self._clock() - start
+        if self.keeper is not None:
+            self.keeper.put(index + self.shift, x_adv)
+        if self.precision == "bf16" and self.prepared["bf16"] is self.f:
+            flags.append("searched in float32: the model has no copy in bfloat16 to be trusted")
+        forwards, backwards, unverified = spent.tolist()
+        extra = {"reached": reached, "outside": outside, "unverified": unverified, "flags": list(dict.fromkeys(flags))}
+        extra |= {} if each is None else {"passes": each.tolist()}
+        extra |= nearness_in(nearness)
+        return self._write(threat, label, index.tolist(), verdict.tolist(), forwards, backwards, seconds, extra)
+
+    def _searches(self, x: Tensor) -> Iterator[Classifier]:
+        """What an attack runs on, in turn, each for the false successes of the one before. The last is the classifier itself."""
+        for precision in ("bf16", "fp32") if self.precision == "bf16" else ("fp32",):
+            if precision not in self.prepared:
+                self.prepared[precision] = prepare(self.f, x, precision)
+            if self.prepared[precision] is not self.f:
+                yield self.prepared[precision]
+        yield self.f
+
+    def _once(
+        self, f: Classifier, threat: Threat, label: str, attack: Attack, x: Tensor, y: Tensor, rng: Rng
+    ) -> tuple[Any, dict[str, Any], Counter]:
+        """One run of an attack on a model to search on."""
+        assert self.num_classes is not None
+        counter, target = Counter(functools.partial(self._searching, f), unwrap(self.f)), one_hot(y, self.num_classes, self.dtype)
         try:
             with ambient(rng.batch_seed()), bn_mode(self.f, "eval"), torch.enable_grad():
                 x_adv, info = with_threat(attack, threat).run(counter, x.clone(), target, rng)
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"the attack '{label}': {error}") from error
-        seconds = self._clock() - start
-        x_adv, reached, outside = trusted(x_adv, x, threat, label)
-        verdict = self._correct(x_adv, y)
-        if self.keeper is not None:
-            self.keeper.put(index + self.shift, x_adv)
-        extra = {"reached": reached, "outside": outside, "flags": [str(flag) for flag in dict(info).get("flags", ())]}
-        if (each := per_sample(dict(info), len(x), counter)) is not None:
-            extra["passes"] = each
-        extra |= nearness_in(info)
-        return self._write(threat, label, index.tolist(), verdict.tolist(), counter.forwards, counter.backwards, seconds, extra)
+        return x_adv, dict(info), counter
+
+    @torch.no_grad()
+    def _false_successes(self, f: Classifier, counter: Counter, x_adv: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that ``f`` was asked about, and those that it believes fooled, or cannot tell, while the logits ``z`` are right.
+
+        An attack leaves such a sample although it might be broken. In float32 only rows whose ``z`` are all but tied can be.
+        """
+        low = f is self.prepared.get("bf16")
+        rows = (self._right(z, y) & (low | _tied(z, y, 1e-3))).nonzero().squeeze(1)
+        if f is self.f or len(rows) == 0:
+            return rows[:0], rows[:0]
+        with bn_mode(self.f, "eval"):
+            own = counter(x_adv[rows])
+        return rows, rows[~self._right(own, y[rows]) | _tied(own, y[rows], 2.0**-8 if low else 1e-5)]
 
     # -------------------------------------------------------------------------------------------------- audit
 
@@ -493,7 +548,7 @@ class _Run:
             return self._write(None, name, [], [], 0, 0, 0.0, {})
         rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), name, attack.name)
         rng = rng.split(1, first=self.batches)[0].at(index.to(self.device))
-        counter, start = Counter(self._searching, unwrap(self.f)), self._clock()
+        counter, start = Counter(functools.partial(self._searching, self.f), unwrap(self.f)), self._clock()
         try:
             with ambient(rng.batch_seed()), bn_mode(self.f, "eval"), torch.enable_grad():
                 x_adv, _ = with_threat(attack, threat).run(counter, x.clone(), one_hot(y, self.num_classes, self.dtype), rng)
@@ -512,16 +567,17 @@ class _Run:
         with torch.autocast(self.device.type, enabled=False), bn_mode(self.f, "eval"):
             return self.f(x)
 
-    def _searching(self, x: Tensor) -> Tensor:
-        """What attacks query: as ``_logits``, or under bf16 autocast if so asked."""
-        low = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16 if low else None, enabled=low, cache_enabled=False):
-            z = self.f(x)
-        return z.to(self.dtype) if low else z
+    def _searching(self, f: Classifier, x: Tensor) -> Tensor:
+        """What attacks query; a low precision is the business of ``f``."""
+        with torch.autocast(self.device.type, enabled=False):
+            return f(x).to(self.dtype)
 
     def _correct(self, x: Tensor, y: Tensor) -> Tensor:
-        """Whether each image is classified as ``y``; logits that are not numbers are no answer."""
-        z = self._logits(x)
+        return self._right(self._logits(x), y)
+
+    @staticmethod
+    def _right(z: Tensor, y: Tensor) -> Tensor:
+        """Whether each row of logits answers ``y``; logits that are not numbers are no answer."""
         return (z.argmax(1) == y) & ~z.isnan().any(1)
 
     def _first_logits(self, x: Tensor) -> Tensor:
@@ -662,6 +718,12 @@ def corruption_threat(suite: CorruptionSuite, threat: Threat | None) -> Threat:
     if len(found) > 1:
         raise UserError(f"suite '{suite.name}': corrupted images are attacked under one threat model, got {len(found)}")
     return found[0]
+
+
+def _tied(z: Tensor, y: Tensor, near: float) -> Tensor:
+    """Whether the margin of the class ``y`` (N,) is at most ``near`` of the largest logit."""
+    own = z.gather(1, y[:, None])
+    return (own - z.scatter(1, y[:, None], -torch.inf)).amin(1) <= near * z.abs().amax(1)
 
 
 def _own(size: int, batch_size: int, shard: tuple[int, int]) -> int:

@@ -13,7 +13,7 @@ from scipy.optimize import brentq, linprog
 from torch import nn
 
 from robustlab import config, geometry
-from robustlab.attacks import square
+from robustlab.attacks import square_walk, square_windows
 from robustlab.attacks.apgd import APGD
 from robustlab.attacks.apgd_t import APGDTargeted, targets_of
 from robustlab.attacks.fab import FAB
@@ -314,23 +314,66 @@ def test_square_skips_only_what_changes_nothing(monkeypatch):
     y = f(x).argmax(1)
     attack = Square(norm="linf", eps=0.02, queries=300)
     lean, cheap, _ = attack_counted(attack, f, x, y)
-    propose = square._propose_linf
-    nudge = 1e-13
+    propose = square_windows.propose
 
-    def never_the_same(x0, best, eps, s, u):
-        return propose(x0, best, eps, s, u) + nudge  # beneath all rounding of the verdicts
+    def never_the_same(*args):
+        new, moved = propose(*args)
+        return new, torch.ones_like(moved)
 
-    monkeypatch.setattr(square, "_propose_linf", never_the_same)
+    monkeypatch.setattr(square_walk, "propose", never_the_same)
     full, dear, _ = attack_counted(attack, f, x, y)
-    torch.testing.assert_close(lean, full, atol=1e-9, rtol=0)
+    assert torch.equal(lean, full)
     assert int(cheap["passes"].sum()) < int(dear["passes"].sum())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_speculating_changes_nothing_but_the_cost(norm):
+    """Twenty samples, some fooled on the way: in step while more than eight are left, then each at its own pace."""
+    f, x = net(5, (2, 8, 8)), images(20, (2, 8, 8))
+    y = f(x).argmax(1)
+    attack = Square(norm=norm, eps=EPS[norm] * {"linf": 1.0, "l2": 0.8, "l1": 1}[norm], queries=330)
+    calls = [[], []]
+    results = []
+    for speculate, seen in zip((False, True), calls, strict=True):
+
+        def watched(v, seen=seen):
+            seen.append(len(v))
+            return f(v)
+
+        results.append(attack_counted(dataclasses.replace(attack, speculate=speculate), watched, x, y))
+    (plain, info, counted), (ahead, more, total) = results
+    assert torch.equal(plain, ahead)
+    assert torch.equal(info["queries"], more["queries"])
+    assert torch.equal(info["queries"], info["passes"][:, 0])
+    assert more["passes"].sum(0).tolist() == list(total)
+    assert counted[0] < total[0] < 1.6 * counted[0], "what is judged in vain is billed"
+    left = int((f(plain).argmax(1) == y).sum())
+    assert 0 < left < 20
+    assert len(calls[1]) < len(calls[0]) * (0.9 if left < 8 else 1)
+
+
+def test_speculating_alone_takes_a_fraction_of_the_calls():
+    f, x = net(5, (2, 8, 8)), images(2, (2, 8, 8))
+    y, calls = f(x).argmax(1), []
+
+    def watched(v):
+        calls.append(len(v))
+        return f(v)
+
+    Square(norm="linf", eps=0.01, queries=400, speculate=True)(watched, x, y)
+    many = len(calls)
+    calls.clear()
+    Square(norm="linf", eps=0.01, queries=400)(watched, x, y)
+    assert many < 0.4 * len(calls)
 
 
 @pytest.mark.parametrize(("shape", "s"), [((1, 7, 5), 3), ((2, 4, 9), 4), ((3, 6, 6), 1)])
 def test_square_windows_lie_in_the_image_reach_every_edge_and_differ_between_samples(shape, s):
     n, (c, h, w) = 4000, shape
     u = Rng(0).at(torch.arange(n)).uniform((2,), dtype=torch.float64)
-    mask = torch.zeros(n, c * h * w).scatter_(1, square._window(torch.Size((n, *shape)), s, u[:, 0], u[:, 1]).flatten(1), 1.0)
+    mask = torch.zeros(n, c * h * w).scatter_(
+        1, square_windows.window(torch.Size((n, *shape)), s, u[:, 0], u[:, 1]).flatten(1), 1.0
+    )
     mask = mask.view(n, *shape)
     assert bool((mask.flatten(1).sum(1) == c * s * s).all())
     rows, columns = mask[:, 0].amax(2), mask[:, 0].amax(1)
@@ -344,18 +387,19 @@ def test_square_windows_lie_in_the_image_reach_every_edge_and_differ_between_sam
 
 def test_square_window_sides_follow_the_schedule():
     sides = [
-        square._side(0.8, q, torch.Size((1, 3, 32, 32)), "linf") for q in (0, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 5000)
+        square_windows.side(0.8, q, torch.Size((1, 3, 32, 32)), "linf")
+        for q in (0, 10, 11, 50, 51, 201, 501, 1001, 2001, 4001, 5000)
     ]
     assert sides == [29, 29, 20, 20, 14, 10, 7, 5, 4, 3, 3]
-    assert [square._side(0.8, q, torch.Size((1, 3, 32, 32)), "l2") for q in (0, 11, 51, 4001)] == [29, 21, 15, 3]
-    assert square._side(0.8, 0, torch.Size((1, 1, 2, 9)), "l1") == 2
+    assert [square_windows.side(0.8, q, torch.Size((1, 3, 32, 32)), "l2") for q in (0, 11, 51, 4001)] == [29, 21, 15, 3]
+    assert square_windows.side(0.8, 0, torch.Size((1, 1, 2, 9)), "l1") == 2
 
 
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 5, 9), (2, 3, 2), (1, 1, 1)])
 def test_square_starts_at_the_radius(norm, shape):
     x = torch.full((20, *shape), 0.5, dtype=torch.float64)
-    start = square._tiles(x, norm, 0.3, Rng(0).at(torch.arange(20)))
+    start = square_windows.tiles(x, norm, 0.3, Rng(0).at(torch.arange(20)))
     torch.testing.assert_close(geometry.norm_of(start - x, norm), torch.full((20,), 0.3, dtype=torch.float64))
     assert len({p.numpy().tobytes() for p in start}) > 1
 
@@ -364,8 +408,8 @@ def test_square_starts_at_the_radius(norm, shape):
 def test_square_proposals_spend_the_radius(norm):
     x = torch.full((50, 2, 9, 9), 0.5, dtype=torch.float64)
     rng = Rng(0).at(torch.arange(50))
-    best = square._tiles(x, norm, 0.3, rng)
-    new = square._propose(norm, x, best, 0.3, 3, rng.child("q").uniform((7,), dtype=torch.float64))
+    best = square_windows.tiles(x, norm, 0.3, rng)
+    new = square_windows.between_windows(norm, x, best, 0.3, 3, rng.child("q").uniform((7,), dtype=torch.float64))
     torch.testing.assert_close(geometry.norm_of(new - x, norm), torch.full((50,), 0.3, dtype=torch.float64))
     assert bool((new != best).flatten(1).any(1).all())
 

@@ -532,7 +532,8 @@ def part_of(kind, cls):
     if kind == "stage" and cls.name == "craft":
         return with_threat(config.build("stage", {"name": "craft", "attack": {"name": "pgd", "steps": 2}}), THREAT)
     threat = Threat(cls.norms[0], THREAT.eps) if kind == "attack" and THREAT.norm not in cls.norms else THREAT
-    return with_threat(config.build(kind, cls.name), threat)
+    needed = {"corruption": {"corruption": "gaussian_noise"}} if kind == "stage" else {}
+    return with_threat(config.build(kind, cls.name, **needed.get(cls.name, {})), threat)
 
 
 def inside(kind, part):

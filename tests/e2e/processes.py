@@ -39,7 +39,8 @@ class Command:
     def __init__(self, args, log, env=None, prepare=None):
         self.log = Path(log)
         self.log.unlink(missing_ok=True)
-        arguments = [str(a) for a in args], str(log), dict(env or {}), prepare
+        ours = {k: v for k, v in os.environ.items() if k.startswith("ROBUSTLAB_")}  # set after the warm process began
+        arguments = [str(a) for a in args], str(log), ours | dict(env or {}), prepare
         self.process = context.Process(target=_main, args=arguments, daemon=True)
         self.process.start()
 

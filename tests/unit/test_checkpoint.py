@@ -200,7 +200,7 @@ def test_code_in_a_pickle_never_runs(tmp_path, monkeypatch):
 def test_absent_files_and_folders(saved, tmp_path):
     assert "no such file (did you mean" in error_of(tmp_path / "bst.safetensors")
     assert f"got a folder (did you mean '{saved}'?)" in error_of(tmp_path)
-    assert "expected a .safetensors file, timm:NAME" in error_of("nonsense")
+    assert "expected a .safetensors file, hf:user/name, timm:NAME" in error_of("nonsense")
 
 
 # ------------------------------------------------------------------------------------------------------ start weights

@@ -362,7 +362,8 @@ def test_schedules_are_refused_where_nothing_resolves_them_or_out_of_range(text,
 def made(kind: str, name: str) -> Part:
     cls = entries(kind)[name]
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    values = {"arch": "resnet18", **{n: "pgd" if n == "attack" else "x" for n in needed}}
+    known = {"arch": "resnet18", "attack": "pgd", "corruption": "contrast"}
+    values = {n: known.get(n, "x") for n in needed}
     return build(kind, name, **{n: values[n] for n in needed})
 
 
