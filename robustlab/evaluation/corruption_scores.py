@@ -11,7 +11,7 @@ Two AlexNets are in use, and the figures differ in the first decimal, so a score
     alexnet-50k   all 50,000 images: the constants that github.com/hendrycks/robustness and scripts derived from AugMix's carry;
                   clean error 43.5 % (Table 1 of the paper)
     alexnet-5k    RobustBench's 5,000 images: means over severities of the row ``AlexNet`` in its
-                  model_info/imagenet/corruptions/unaggregated_results_2d.csv and _3d.csv; clean error 43.76 %
+                  model_info/imagenet/corruptions/unaggregated_results.csv and _3d.csv; clean error 43.76 %
 
 Both were measured on the published files. For images that are made here there is no baseline, and mCE is not given.
 """
