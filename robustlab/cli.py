@@ -387,6 +387,29 @@ def curve(
         console.out.print(f"wrote {path}", markup=False)
 
 
+@app.command()
+def corrupt(
+    image: Annotated[Path | None, typer.Argument(help="An image file; or give --data.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data set, whose first test image (--index) is taken.")] = None,
+    data_root: DataRoot = None,
+    index: Annotated[int, typer.Option(min=0, help="Which test image.")] = 0,
+    suite: Annotated[str, typer.Option(help="A corruption suite: its corruptions, table, severities and size.")] = "cifar-c",
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Pixels: an image file is cut to a square and brought to this size.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of all draws.")] = 0,
+    out: Annotated[Path, typer.Option(help="The figure; .png and .svg are written.")] = Path("corruptions"),
+) -> None:
+    """Draw one image under all corruptions of a suite, at all its severities."""
+    from robustlab import commands
+    from robustlab.config import load_suite
+    from robustlab.report import console
+
+    root = str(data_root) if data_root else None
+    for path in commands.draw_corruptions(image, data, root, index, load_suite(suite), size, seed, out):
+        console.out.print(f"wrote {path}", markup=False)
+
+
 def read_shard(text: str | None) -> tuple[int, int] | None:
     """``2/5`` as (2, 5).
 

@@ -686,9 +686,54 @@ def record_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
+def draw_corruptions(
+    image: Path | None, data: str | None, data_root: str | None, index: int, suite: Suite, size: int | None, seed: int, out: Path
+) -> tuple[Path, Path]:
+    """Draw one image under all corruptions of a suite; see ``robustlab corrupt``.
+
+    Raises:
+        UserError: neither an image nor a data set, or both; a file that is no image; a suite without corruptions made here.
+    """
+    from robustlab.evaluation.runner import enlarged
+    from robustlab.report.figures import corruption_grid
+
+    if (image is None) == (data is None):
+        raise UserError("corrupt: give an image file or --data, one of them")
+    if not suite.corruptions or getattr(suite, "files", None):
+        raise UserError(f"suite '{suite.name}': has no corruptions that are made here")
+    if image is not None:
+        x = _square(image, size or 224)
+    else:
+        test = choose_data(data, None, data_root).load().test
+        if index >= len(test):
+            raise UserError(f"--index {index}: the data set has {len(test)} test images")
+        x = next(iter(test.batches([torch.tensor([index])])))[0]
+    if (own := getattr(suite, "size", None)) is not None:
+        x = enlarged(x, own)
+    rows = []
+    for c in suite.corruptions:
+        images = [x, *(c(x, s, Rng(seed).child("corruption", c.name, s).at(torch.tensor([index]))) for s in suite.severities)]
+        rows.append((c.name, [(i[0].permute(1, 2, 0).squeeze(-1) * 255).round().to(torch.uint8).numpy() for i in images]))
+    return corruption_grid(rows, ["clean", *map(str, suite.severities)], out)
+
+
+def _square(path: Path, size: int) -> Tensor:
+    """An image file (1, 3, size, size) in [0, 1]: the largest centred square, resized."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            fitted = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot read the image: {error}") from None
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)[None].float() / 255
+
+
 def build_board(folder: Path) -> list[Path]:
-    """Write a leaderboard's tables, and its curve of accuracy against eps where a suite has several radii."""
-    from robustlab.report.figures import accuracy_curve
+    """Write a leaderboard's tables, its curve of accuracy against eps where a suite has several radii, and the accuracy matrices of
+    its corruption suites."""
+    from robustlab.report.figures import accuracy_curve, accuracy_matrix
     from robustlab.results import leaderboard
     from robustlab.results.record import Record
 
@@ -698,6 +743,10 @@ def build_board(folder: Path) -> list[Path]:
     if swept:
         first = swept[0]["suite"]["name"]
         written += accuracy_curve([r for r in swept if r["suite"]["name"] == first], folder / "curve")
+    for section in leaderboard.sections(folder):
+        if section.figure is not None:
+            named = [(row.model, leaderboard.peek(folder / row.entry)) for row in section.rows if row.provenance != "claimed"]
+            written += accuracy_matrix(named, folder / section.figure)
     return [*leaderboard.build(folder), write_board_page(folder), *written]
 
 
@@ -714,6 +763,7 @@ def write_board_page(folder: Path) -> Path:
         {
             "heading": s.heading,
             "facts": s.facts,
+            "figure": folder / s.figure if s.figure and (folder / s.figure).exists() else None,
             "rows": [dataclasses.asdict(r) | {"links": leaderboard.link_pairs(r.links)} for r in s.rows],
         }
         for s in found

@@ -25,10 +25,11 @@ import annotated_types
 import yaml
 
 from robustlab.hints import FRACTION, LARGEST, a, adapter, choices_of, describe, fits, numbers, options_of, spoken, type_hints
-from robustlab.nodes import Dumper, Node, item_name, merge, override, place, position, read, shape
+from robustlab.nodes import Dumper, Node, item_name, merge, override, parse, place, position, read, shape
 from robustlab.registry import entries, lookup, nearest
 from robustlab.types import (
     Attack,
+    CorruptionSuite,
     Count,
     Dataset,
     Fraction,
@@ -520,11 +521,13 @@ def config_from(values: Mapping[str, Any]) -> Config:
 
 
 def load_suite(spec: str) -> Suite:
-    """A suite by name, or from a YAML file with the fields of a suite (attacks, corruptions, norms, eps, ...).
+    """A suite by name, as ``{name: cifar-c, severities: [3]}``, or from a YAML file with such fields (attacks, norms, ...).
 
     Raises:
         UserError: one line for each mistake.
     """
+    if spec.lstrip().startswith("{"):
+        return build_suite(parse(spec, "--suite"), "suite")
     if not spec.endswith((".yaml", ".yml")):
         try:
             return typing.cast(Suite, build("suite", spec))
@@ -541,9 +544,9 @@ def build_suite(node: Node, stem: str) -> Suite:
     if not isinstance(named.value, str):
         builder.fail(named, "name", f"expected the name of a suite, got {shape(named)}")
         raise UserError(*builder.errors)
-    cls = None if named.value in entries("suite") else custom_suite(named.value)
+    cls = None if named.value in entries("suite") else custom_suite(named.value, node.value)
     suite = builder.part("suite", node, None, "", cls)
-    if suite is not None and not suite.attacks and not suite.corruptions:
+    if suite is not None and not (suite.attacks or suite.corruptions or getattr(suite, "published", ())):
         builder.fail(node, "", "a suite needs 'attacks' or 'corruptions'")
     for norm in suite.norms if suite is not None else ():
         for i, eps in enumerate(suite.eps):
@@ -560,16 +563,22 @@ def build_suite(node: Node, stem: str) -> Suite:
     return typing.cast(Suite, suite)
 
 
-def custom_suite(name: str) -> type[Suite]:
-    """The class of a suite that a file describes."""
+def custom_suite(name: str, keys: typing.Container[str] = ()) -> type[Suite]:
+    """The class of a suite that a file with these keys describes."""
+    own = {f.name for f in dataclasses.fields(CorruptionSuite)} - {f.name for f in dataclasses.fields(Suite)}
+    base = CorruptionSuite if any(key in keys for key in own) or ("corruptions" in keys and "attacks" not in keys) else Suite
     return dataclass(frozen=True, kw_only=True)(
-        type("CustomSuite", (Suite,), {"name": name, "__doc__": f"The suite '{name}', from a file."})
+        type("CustomSuite", (base,), {"name": name, "__doc__": f"The suite '{name}', from a file."})
     )
 
 
 def is_suite(node: Node) -> bool:
     """Whether a file describes a suite rather than a training run."""
-    return isinstance(node.value, dict) and ("attacks" in node.value or "corruptions" in node.value) and "trainer" not in node.value
+    if not isinstance(node.value, dict) or "trainer" in node.value:
+        return False
+    named = node.value.get("name")
+    own = any(key in node.value for key in ("attacks", "corruptions", "published"))
+    return own or (named is not None and named.value in entries("suite"))
 
 
 def validate_file(path: str | Path) -> None:

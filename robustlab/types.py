@@ -498,6 +498,32 @@ class Suite(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CorruptionSuite(Suite):
+    """A suite that scores corruptions by themselves: made from the test images, or read from the published files.
+
+    Attributes:
+        files: folder of the published files (CIFAR-10-C, ImageNet-C, C-bar, 3DCC, ...); None makes the images here. The two are
+            different images, and their scores never stand in one table.
+        published: names of corruptions that exist only as files.
+        size: pixels at which images are corrupted, a multiple of theirs: each pixel is repeated, the result averaged back, so that
+            the model sees its own size. None corrupts them as they are.
+        attack: also attack the corrupted images that are classified correctly; under its own norm and radius, the suite's, or those
+            that the caller names.
+        baselines: AlexNets that mCE divides by, for published files; see ``evaluation.corruption_scores``.
+    """
+
+    files: str | None = None
+    published: tuple[str, ...] = ()
+    size: Count | None = None
+    attack: Attack | None = None
+    baselines: tuple[Literal["alexnet-50k", "alexnet-5k"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.files is not None and self.size is not None:
+            raise ValueError("size: published files are what they are; it is for images that are made here")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BoundSuite(Suite):
     """A suite that stands in for a dearer one: its robust accuracy is an upper bound on that of the dearer one.
 

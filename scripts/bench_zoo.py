@@ -76,7 +76,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        return f"{self.attack} {self.norm}"
+        return f"{self.attack} {self.norm}" + (" rescaled" if self.ours.get("rescale") else "")
 
 
 def ours(row: Row) -> Run:

@@ -94,6 +94,12 @@ class StreamImages:
         check_labels(len(dataset), labels, num_classes, source)
         self.dataset, self.labels, self.num_workers = dataset, labels.long(), num_workers
 
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the image files, without folder and suffix; None where they do not come from files."""
+        files = getattr(self.dataset, "files", None)
+        return None if files is None else [path.stem for path, _ in files]
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -2,7 +2,8 @@
 
 A ledger that was changed by hand does not pass: every batch is there once; in it the clean line comes first and covers all images;
 each attack of the suite, in order, was given exactly the images that all before it left and no gate spared; each corruption was
-given all of them; an audit was given those that its seed draws (audit.recount).
+given all of them, and the attack on corrupted images those that were classified correctly there; an audit was given those that its
+seed draws (audit.recount).
 """
 
 from __future__ import annotations
@@ -63,11 +64,12 @@ def _plan(header: Line) -> list[tuple[str, str]]:
     """(threat, label) of the lines of a batch, in order."""
     suite = header["suite"]["resolved"]
     attacks = unique([a["name"] for a in suite.get("attacks", ())])
-    corruptions = unique([c["name"] for c in suite.get("corruptions", ())])
+    corruptions = [*unique([c["name"] for c in suite.get("corruptions", ())]), *suite.get("published", ())]
+    ends = ["", f"+{suite['attack']['name']}"] if suite.get("attack") else [""]
     return [
         ("", "clean"),
         *((threat_name(t), label) for t in header["threats"] for label in attacks),
-        *(("", f"{label}/{s}") for label in corruptions for s in suite["severities"]),
+        *(("", f"{label}/{s}{end}") for label in corruptions for s in suite["severities"] for end in ends),
     ]
 
 
@@ -88,10 +90,10 @@ def _batch_mistake(plan: Sequence[tuple[str, str]], gate: Gate | None, lines: Se
         return (
             f"the line of '{(found if extra else plan)[min(len(found), len(plan))][1]}' is {'one too many' if extra else 'missing'}"
         )
-    correct: list[int] = images
+    correct, before = images, images
     left: dict[str, list[int]] = {}
     for (threat, label), e in zip(found, lines, strict=True):
-        given = left.get(threat, correct) if threat else images
+        given = left.get(threat, correct) if threat else before if "+" in label else images
         if e["index"] != given:
             return f"{label}: given {len(e['index'])} images, not the {len(given)} that were left for it"
         kept = [i for i, v in zip(e["index"], e["verdict"], strict=True) if v]
@@ -100,6 +102,8 @@ def _batch_mistake(plan: Sequence[tuple[str, str]], gate: Gate | None, lines: Se
             left[threat] = [i for i in kept if not out[i]]
         elif threat:
             left[threat] = kept
+        elif "/" in label:
+            before = kept
         elif label == "clean":
             correct = kept
     return None

@@ -31,12 +31,14 @@ class Tally:
     flags: list[str] = field(default_factory=list)
     spent: dict[int, float] = field(default_factory=dict)  # passes by the sample's position; a line without them shares its total
     survived: dict[int, int] = field(default_factory=dict)
+    confidence: dict[int, float] = field(default_factory=dict)  # by the sample's position, where the line tells it
 
     def add(self, entry: dict[str, Any]) -> None:
         n = len(entry["verdict"])
         mean = (entry["forwards"] + entry["backwards"]) / max(n, 1)
         self.spent.update(zip(entry["index"], map(sum, entry["passes"]) if "passes" in entry else [mean] * n, strict=True))
         self.survived.update(zip(entry["index"], entry["verdict"], strict=True))
+        self.confidence.update(zip(entry["index"], entry.get("confidence", ()), strict="confidence" in entry))
         self.given += n
         self.correct += sum(entry["verdict"])
         self.forwards += entry["forwards"]
@@ -73,6 +75,7 @@ class Result:
         verdicts: ``robust`` for each of ``threats``.
         corruptions: for each corruption the accuracy at each severity (keys ``"1"`` to ``"5"``) and their ``mean``.
         corruption_accuracy: the mean over the corruptions, or None.
+        corruption_scores: what they come to, for corruption suites; see ``corruption_scores.scores``. None for others.
         cost: ``forwards backwards seconds`` in all, and per image. The forward that re-scores an attack's images is not the
             attack's and is not counted.
         suite: its name and every parameter (``resolved``).
@@ -108,6 +111,7 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
     ledger: str | None = None
     reliability: dict[str, Any] | None = None
+    corruption_scores: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         """One line: ``clean 95.31 % [90.1, 97.8], robust 73.44 % [65.2, 80.3] under pgd-20 (linf 0.1, n = 128)``."""
@@ -140,6 +144,7 @@ class Result:
             "threats": self.threats,
             "corruptions": self.corruptions,
             "corruption_accuracy": self.corruption_accuracy,
+            "corruption_scores": self.corruption_scores,
             "cost": self.cost,
             "suite": self.suite,
             "seed": self.seed,
@@ -268,6 +273,8 @@ def assemble(
     attacked: list[dict[str, Tally]],
     verdicts: list[Tensor],
     corrupted: dict[tuple[str, int], Tally],
+    corrupted_attacked: dict[tuple[str, int], Tally],
+    corruption_threat: Mapping[str, Any] | None,
     audits: list[dict[str, Any] | None],
     **known: Any,
 ) -> Result:
@@ -278,13 +285,17 @@ def assemble(
         clean, right: the clean pass, and its verdicts (n,).
         threats, attacked, verdicts: norm and radius, tallies of the attacks and verdicts (n,) of each threat model.
         corrupted: tallies by corruption and severity.
+        corrupted_attacked, corruption_threat: those of the attack on corrupted images, and its norm and radius.
         audits: of each threat model.
         known: the other fields of the result.
     """
+    from robustlab.evaluation.corruption_scores import scores
+
     each = zip(threats, attacked, verdicts, audits, strict=True)
     rows = [threat_summary(*t, tallies, right, verdict, audit) for t, tallies, verdict, audit in each]
     first, corruptions = rows[0] if rows else None, corruption_summary(corrupted, n)
-    everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values()]
+    everything = [clean, *(t for tallies in attacked for t in tallies.values()), *corrupted.values(), *corrupted_attacked.values()]
+    told = known["suite"]["resolved"]
     return Result(
         n=n,
         clean_accuracy=clean.correct / n,
@@ -298,6 +309,9 @@ def assemble(
         verdicts=verdicts,
         corruptions=corruptions,
         corruption_accuracy=sum(c["mean"] for c in corruptions.values()) / len(corruptions) if corruptions else None,
+        corruption_scores=scores(n, clean, corrupted, corrupted_attacked, told, corruption_threat)
+        if corrupted and "files" in told
+        else None,
         cost=cost_of(everything, n, [audit for audit in audits if audit is not None]),
         **known,
     )

@@ -4,7 +4,7 @@
         correct = argmax f(x) = y
         for each threat model, survivors = correct; for each attack in order (cascade):
             x' = project(attack(survivors));  survivors = argmax f(x') = y          f in eval mode and full precision
-        for each corruption and severity: argmax f(corrupt(x)) = y
+        for each corruption and severity: argmax f(corrupt(x)) = y, and if so asked f(x + delta) = y on those
     a random part of the survivors that were spared an attack gets the exact suite (audit)
 
 Attacks search on a prepared copy of the model (``prepare``); where that is fooled and the model is not, the attack runs again on
@@ -37,6 +37,7 @@ from robustlab.evaluation.audit import PREFIX, Audit, exact_suite, judged
 from robustlab.evaluation.cascade import Step, descend, gate_of, nearness_in, steps_of, unique
 from robustlab.evaluation.counting import Counter, per_sample
 from robustlab.evaluation.ledger import Ledger, threat_name
+from robustlab.evaluation.official import Official, clean_of, open_official
 from robustlab.evaluation.prepare import prepare
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, as_mask, assemble
@@ -45,7 +46,18 @@ from robustlab.evaluation.sources import Batch, Fingerprint, gathered, open_sour
 from robustlab.files import exclusive
 from robustlab.modes import ambient, bn_mode, frozen, unwrap
 from robustlab.rng import Rng
-from robustlab.types import Attack, BoundSuite, Classifier, Corruption, Suite, Threat, UserError, one_hot, with_threat
+from robustlab.types import (
+    Attack,
+    BoundSuite,
+    Classifier,
+    Corruption,
+    CorruptionSuite,
+    Suite,
+    Threat,
+    UserError,
+    one_hot,
+    with_threat,
+)
 
 LEDGER = "ledger.jsonl"
 SLACK = 1e-5  # relative and absolute: what float32 arithmetic may leave outside the ball
@@ -124,6 +136,15 @@ def evaluate(
     if device is not None and isinstance(f, nn.Module):
         f.to(where)
     resolved = {"name": plan.name, "resolved": config.dump(plan)}
+    scoring = plan if isinstance(plan, CorruptionSuite) else None
+    attacked = corruption_threat(scoring, threat) if scoring and scoring.attack else None
+    official = None
+    if scoring is not None and scoring.published and scoring.files is None:
+        raise UserError(f"suite '{plan.name}': {scoring.published[0]} exists only as published files: give files, their folder")
+    if scoring is not None and scoring.files is not None:
+        labels = [*unique([c.name for c in plan.corruptions]), *scoring.published]
+        official = open_official(scoring.files, labels, plan.severities, clean_of(source.data, size))
+        resolved["resolved"]["files"] = official.fingerprint  # what they are, not where they lie
     header = {
         "ledger": 1,
         "model": model_hash(f),
@@ -131,6 +152,7 @@ def evaluate(
         "n": size,
         "suite": resolved,
         "threats": [{"norm": t.norm, "eps": t.eps} for t in threats],
+        **({"corruption_threat": {"norm": attacked.norm, "eps": attacked.eps}} if attacked else {}),
         "seed": seed,
         "precision": precision,
         "batch_size": batch_size,
@@ -148,7 +170,7 @@ def evaluate(
         if keeper is not None:
             keeper.open(begun=bool(ledger.done))
         own = size if shard is None or size is None else _own(size, batch_size, shard)
-        run = _Run(f, plan, threats, seed, precision, where, source.num_classes, ledger, own, progress, keeper)
+        run = _Run(f, plan, threats, seed, precision, where, source.num_classes, ledger, own, progress, keeper, official, attacked)
         for x, y in source.batches(batch_size, limit):
             if mine(run.batches, shard):
                 run.batch(x, y)
@@ -259,6 +281,8 @@ class _Run:
         size: int | None,
         progress: Callable[[dict[str, Any]], None] | None,
         keeper: Keeper | None,
+        official: Official | None = None,
+        corruption_threat: Threat | None = None,
     ):
         self.f, self.suite, self.seed, self.precision, self.device = f, suite, seed, precision, device
         self.dtype = _dtype(f)
@@ -266,7 +290,12 @@ class _Run:
         self.num_classes, self.keeper = num_classes, keeper
         self.prepared: dict[str, Classifier] = {}  # by precision: what attacks search on, made when first asked for
         self.steps, self.gate = steps_of(suite), gate_of(suite)
-        self.corruptions = list(zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True))
+        self.corruptions: list[tuple[str, Corruption | None]] = [
+            *zip(unique([c.name for c in suite.corruptions]), suite.corruptions, strict=True),
+            *((name, None) for name in getattr(suite, "published", ())),
+        ]
+        self.scoring = suite if isinstance(suite, CorruptionSuite) else None
+        self.official, self.corruption_threat = official, corruption_threat
         self.threats = threats
         self.fingerprint = Fingerprint()
         self.sample: list[tuple[Tensor, Tensor]] = []  # the first images that are classified correctly, for the reliability report
@@ -279,6 +308,7 @@ class _Run:
         self.spared_rows: list[list[int]] = [[] for _ in threats]
         self.audits: list[Audit | None] = [None for _ in threats]
         self.corrupted = {(label, s): Tally() for label, _ in self.corruptions for s in suite.severities}
+        self.corrupted_attacked = {key: Tally() for key in self.corrupted if corruption_threat is not None}
 
     # ---------------------------------------------------------------------------------------------- one batch
 
@@ -326,7 +356,8 @@ class _Run:
             self._check_logits(z, y)
             if old is None:
                 right = (z.argmax(1) == y).tolist()
-                old = self._write(None, "clean", index.tolist(), right, len(x), 0, seconds, {"images": images})
+                extra = {"images": images} | ({"confidence": confidence(z)} if self.scoring else {})
+                old = self._write(None, "clean", index.tolist(), right, len(x), 0, seconds, extra)
         verdict = torch.tensor(old["verdict"], dtype=torch.bool)
         self.clean_rows += index[verdict].tolist()
         self._report(old, self.clean)
@@ -470,20 +501,63 @@ class _Run:
         x, y = gathered(index, again(), self.images)
         return x.to(self.device, self.dtype), y.to(self.device)
 
-    def _corrupt(self, label: str, corruption: Corruption, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:
-        name = f"{label}/{severity}"
+    def _corrupt(self, label: str, corruption: Corruption | None, severity: int, x: Tensor, y: Tensor, index: Tensor) -> None:
+        name, attack = f"{label}/{severity}", self.scoring.attack if self.scoring else None
         entry = self.ledger.get(None, name, self.batches)
+        under = None if attack is None else self.ledger.get(None, f"{name}+{attack.name}", self.batches)
+        x_c = None
         if entry is None:
-            rng = Rng(self.seed).child("corruption", corruption.name, severity).at(index.to(self.device))
             start = self._clock()
-            with torch.no_grad(), ambient(rng.split(1, first=self.batches)[0].batch_seed()):
-                x_c = corruption(x.clone(), severity, rng)
-            _check_returned(x_c, x, f"the corruption '{name}'")
-            if float(x_c.amin()) < 0 or float(x_c.amax()) > 1:
-                raise UserError(f"the corruption '{name}' returned values outside [0, 1]")
-            verdict = self._correct(x_c, y)
-            entry = self._write(None, name, index.tolist(), verdict.tolist(), len(x), 0, self._clock() - start, {})
+            x_c = self._corrupted(name, corruption, severity, x, index)
+            z = self._logits(x_c)
+            extra = {"confidence": confidence(z)} if self.scoring else {}
+            verdict = ((z.argmax(1) == y) & ~z.isnan().any(1)).tolist()
+            entry = self._write(None, name, index.tolist(), verdict, len(x), 0, self._clock() - start, extra)
         self._report(entry, self.corrupted[label, severity])
+        if attack is None or self.corruption_threat is None:
+            return
+        if under is None:
+            if x_c is None:
+                x_c = self._corrupted(name, corruption, severity, x, index)
+            rows = torch.tensor(entry["verdict"], dtype=torch.bool).nonzero().squeeze(1)
+            pick = rows.to(self.device)
+            under = self._search_corrupted(f"{name}+{attack.name}", attack, x_c[pick], y[pick], index[rows])
+        self._report(under, self.corrupted_attacked[label, severity])
+
+    def _corrupted(self, name: str, corruption: Corruption | None, severity: int, x: Tensor, index: Tensor) -> Tensor:
+        """A batch, corrupted: made here at the suite's size, or looked up in the published files."""
+        if self.official is not None:
+            return self.official.at(name.rpartition("/")[0], severity, index).to(self.device, self.dtype)
+        assert corruption is not None
+        rng = Rng(self.seed).child("corruption", corruption.name, severity).at(index.to(self.device))
+        size = self.scoring.size if self.scoring else None
+        with torch.no_grad(), ambient(rng.split(1, first=self.batches)[0].batch_seed()):
+            given = x.clone() if size is None else enlarged(x, size)
+            x_c = corruption(given, severity, rng)
+        _check_returned(x_c, given, f"the corruption '{name}'")
+        if float(x_c.amin()) < 0 or float(x_c.amax()) > 1:
+            raise UserError(f"the corruption '{name}' returned values outside [0, 1]")
+        return x_c if size is None else torch.nn.functional.avg_pool2d(x_c, size // x.shape[-1])
+
+    def _search_corrupted(self, name: str, attack: Attack, x: Tensor, y: Tensor, index: Tensor) -> dict[str, Any]:
+        """Attack corrupted images that are classified correctly; ball and box are those around the corrupted image."""
+        threat = self.corruption_threat
+        assert threat is not None
+        assert self.num_classes is not None
+        if len(x) == 0:
+            return self._write(None, name, [], [], 0, 0, 0.0, {})
+        rng = Rng(self.seed).child("evaluate", threat.norm, repr(threat.eps), name, attack.name)
+        rng = rng.split(1, first=self.batches)[0].at(index.to(self.device))
+        counter, start = Counter(functools.partial(self._searching, self.f), unwrap(self.f)), self._clock()
+        try:
+            with ambient(rng.batch_seed()), bn_mode(self.f, "eval"), torch.enable_grad():
+                x_adv, _ = with_threat(attack, threat).run(counter, x.clone(), one_hot(y, self.num_classes, self.dtype), rng)
+        except ValueError as error:
+            raise error if isinstance(error, UserError) else UserError(f"the attack '{name}': {error}") from error
+        seconds = self._clock() - start
+        x_adv, _, _ = trusted(x_adv, x, threat, name)
+        verdict = self._correct(x_adv, y).tolist()
+        return self._write(None, name, index.tolist(), verdict, counter.forwards, counter.backwards, seconds, {})
 
     # ------------------------------------------------------------------------------------------------ forwards
 
@@ -600,6 +674,8 @@ class _Run:
             self.attacked,
             masks[1:],
             self.corrupted,
+            self.corrupted_attacked,
+            None if self.corruption_threat is None else {"norm": self.corruption_threat.norm, "eps": self.corruption_threat.eps},
             [None if audit is None else audit.to_dict() for audit in self.audits],
             seed=self.seed,
             precision=self.precision,
@@ -612,6 +688,36 @@ class _Run:
         if self.keeper is not None:
             robust = as_mask(self.robust_rows[0], self.seen)[self.rows]
             self.keeper.finish(self.rows, torch.cat(self.labels), robust, self.shape)
+
+
+def confidence(z: Tensor) -> list[float]:
+    """The largest probability of each row of logits, to five digits; 0 where it is not a number."""
+    return [round(c, 5) for c in z.double().softmax(1).amax(1).nan_to_num(0.0).tolist()]
+
+
+def enlarged(x: Tensor, size: int) -> Tensor:
+    """Images (N, C, H, W) with every pixel repeated, so that they have ``size`` pixels a side.
+
+    Raises:
+        UserError: they are not square, or ``size`` is no multiple of theirs.
+    """
+    h, w = x.shape[2:]
+    if h != w or size % w:
+        raise UserError(f"size: {size} is no multiple of the images' {h}x{w} px")
+    return x.repeat_interleave(size // h, 2).repeat_interleave(size // w, 3)
+
+
+def corruption_threat(suite: CorruptionSuite, threat: Threat | None) -> Threat:
+    """The one threat model under which a suite attacks corrupted images.
+
+    Raises:
+        UserError: as :func:`threats_of`; or there are several.
+    """
+    assert suite.attack is not None
+    found = threats_of(Suite(attacks=(suite.attack,), norms=suite.norms, eps=suite.eps), threat)
+    if len(found) > 1:
+        raise UserError(f"suite '{suite.name}': corrupted images are attacked under one threat model, got {len(found)}")
+    return found[0]
 
 
 def _tied(z: Tensor, y: Tensor, near: float) -> Tensor:

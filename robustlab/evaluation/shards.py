@@ -168,7 +168,8 @@ def reliability(f: Classifier, data: Any, result: Result, device: torch.device) 
 
 def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Result:
     """The result that a whole ledger tells. ``known``: ``fingerprint environment provenance ledger`` of the result."""
-    n, clean, corrupted = header["n"], Tally(), dict[tuple[str, int], Tally]()
+    n, clean = header["n"], Tally()
+    corrupted, corrupted_attacked = dict[tuple[str, int], Tally](), dict[tuple[str, int], Tally]()
     right = torch.zeros(n, dtype=torch.bool)
     names = [threat_name(t) for t in header["threats"]]
     attacked: dict[str, dict[str, Tally]] = {name: {} for name in names}
@@ -183,15 +184,18 @@ def result_of(header: Mapping[str, Any], entries: Entries, **known: Any) -> Resu
             right[index] = verdict
         else:
             label, _, severity = e["attack"].rpartition("/")
-            corrupted.setdefault((label, int(severity)), Tally()).add(e)
+            level, attack, _ = severity.partition("+")
+            (corrupted_attacked if attack else corrupted).setdefault((label, int(level)), Tally()).add(e)
     verdicts = [right.clone() for _ in names]
     own, audited = ([e for e in entries if e["attack"].startswith(PREFIX) is late] for late in (False, True))
     _mark(verdicts, names, own)
     audits = [None if audit is None else audit.to_dict() for audit in recount(header, entries, verdicts)]
     _mark(verdicts, names, audited)
-    threats = [(t["norm"], t["eps"]) for t in header["threats"]]
+    threats, under = [(t["norm"], t["eps"]) for t in header["threats"]], header.get("corruption_threat")
     same = {k: header[k] for k in ("suite", "seed", "precision", "batch_size")} | {"model_hash": header["model"]}
-    return assemble(n, clean, right, threats, list(attacked.values()), verdicts, corrupted, audits, **same, **known)
+    return assemble(
+        n, clean, right, threats, list(attacked.values()), verdicts, corrupted, corrupted_attacked, under, audits, **same, **known
+    )
 
 
 def _mark(verdicts: list[torch.Tensor], names: list[str], entries: Entries) -> None:

@@ -38,6 +38,13 @@ COLUMNS = (
     Column("n", "n", always=True),
     Column("eps", "eps", always=True),
     Column("corruptions %", "corruption", percent),
+    Column("worst %", "worst", percent),
+    Column("worst case", "worst_where", number=False),
+    Column("ECE %", "ece", percent),
+    Column("mCE %", "mce", number=False),
+    Column("relative mCE %", "relative_mce", number=False),
+    Column("attacked %", "corruption_robust", percent),
+    Column("images", "source", number=False),
     Column("trainer", "trainer", number=False),
     Column("fidelity", "fidelity", number=False),
     Column("forwards", "forwards", count),
@@ -53,8 +60,8 @@ def board_page(board: Mapping[str, Any], sections: Sequence[Mapping[str, Any]], 
 
     Args:
         board: ``title`` and ``note``.
-        sections: ``heading``, ``facts`` and ``rows``, each row with the keys of ``results.leaderboard.Row`` and ``links``, pairs of
-            text and address.
+        sections: ``heading``, ``facts``, perhaps ``figure`` (the path of a PNG) and ``rows``, each row with the keys of
+            ``results.leaderboard.Row`` and ``links``, pairs of text and address.
         sweeps: tables over several radii, as ``results.leaderboard.sweeps`` gives them.
         curve: a PNG that goes into the page, or None.
     """
@@ -74,7 +81,8 @@ def board_page(board: Mapping[str, Any], sections: Sequence[Mapping[str, Any]], 
 
 def _section(number: int, section: Mapping[str, Any]) -> dict[str, Any]:
     rows = section["rows"]
-    columns = [c for c in COLUMNS if c.always or any(row[c.key] not in (None, "-") for row in rows)]
+    needless = ("robust", "eps") if any(row.get("source") for row in rows) else ()
+    columns = [c for c in COLUMNS if (c.always and c.key not in needless) or any(row.get(c.key) not in (None, "-") for row in rows)]
     out, last = [], None
     for i, row in enumerate(rows):
         words = (row["model"], row["trainer"], row["architecture"], row["venue"], row["fidelity"], row["suite"], row["data"])
@@ -96,11 +104,12 @@ def _section(number: int, section: Mapping[str, Any]) -> dict[str, Any]:
         "columns": [*titles, {"title": "links", "number": False, "sortable": False}],
         "rows": out,
         "plot": _plot(number, rows),
+        "figure": None if section.get("figure") is None else picture(section["figure"].read_bytes()),
     }
 
 
 def _cell(column: Column, row: Mapping[str, Any]) -> dict[str, Any]:
-    value, title = row[column.key], None
+    value, title = row.get(column.key), None
     if column.key == "low":
         text = "-" if value is None else f"{percent(value)} - {percent(row['high'])}"
     elif column.key == "eps":

@@ -207,13 +207,29 @@ def record_text(record: Any) -> str:
     for name, values in m.corruptions.items():
         severities = " ".join(f"{v:.1%}" for s, v in sorted(values.items()) if s != "mean")
         lines.append(f"  {name:<16}  {values['mean']:6.1%}  by severity {severities}")
-    if m.corruption_accuracy is not None:
+    if m.corruption_scores is not None:
+        lines += score_lines(m.corruption_scores)
+    elif m.corruption_accuracy is not None:
         lines.append(f"  mean over corruptions {m.corruption_accuracy:.1%}")
     lines += reliability_lines(record.reliability)
     c = record.cost
     passes = f"{c.forwards_per_sample:,.0f} forwards, {c.backwards_per_sample:,.0f} backwards an image"
     lines.append(f"  cost    {passes}; {duration(c.seconds)}")
     return "\n".join(lines)
+
+
+def score_lines(s: Any) -> list[str]:
+    """What accuracies under corruptions come to, with the images' source and the names of the baselines."""
+    lines = [f"  corruptions  {share(s.mean, s.interval)}  mean over all, {s.source}; unnormalised error {s.error:.1%}"]
+    lines.append(f"    worst {s.worst.accuracy:.1%}: {s.worst.corruption}, severity {s.worst.severity}")
+    for name, value in s.mce.items():
+        lines.append(f"    mCE {value:.2%}, relative mCE {s.relative_mce[name]:.2%}  against {name}")
+    if s.ece is not None:
+        lines.append(f"    ECE {s.ece.mean:.2%} mean over corruptions, {s.ece.clean:.2%} on clean images")
+    if s.robust is not None:
+        where = f"{s.robust.norm} {format_eps(s.robust.eps, s.robust.norm)}"
+        lines.append(f"    attacked {s.robust.mean:.1%}  mean over corruptions of what an attack leaves, {where}")
+    return lines
 
 
 def upper_bound(audit: Any) -> str:

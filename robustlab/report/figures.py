@@ -200,3 +200,111 @@ def _save(figure: Any, path: Path) -> tuple[Path, Path]:
         figure.savefig(buffer, format=target.suffix[1:], metadata=metadata)
         atomic_write(target, buffer.getvalue())
     return png, svg
+
+
+def accuracy_matrix(records: Sequence[tuple[str, Mapping[str, Any]]], path: str | Path) -> tuple[Path, Path]:
+    """A heat map of accuracies under corruptions: a row for each model, a column for each corruption (the mean over severities).
+
+    A single model gets a row for each severity instead.
+
+    Args:
+        records: label and record (as a dict) of each model, in order; all of one corruption suite.
+        path: of the figure; ``.png`` and ``.svg`` are written.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        UserError: no records, none with corruptions, or of different suites or images.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    title, columns, rows = matrix_of(records)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False, "axes.spines.bottom": False}):
+        figure = Figure(figsize=(2.4 + 0.52 * (len(columns) + 2), 1.9 + 0.36 * len(rows)), dpi=160, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        shown = axes.imshow([_percent(values) for _, values in rows], cmap="viridis", vmin=0, vmax=100, aspect="auto")
+        for i, (_, values) in enumerate(rows):
+            for j, value in enumerate(_percent(values)):
+                colour = "black" if value > 60 else "white"
+                axes.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=9, color=colour)
+        axes.set_xticks(
+            range(len(columns)), [c.replace("_", " ") for c in columns], rotation=45, ha="right", rotation_mode="anchor"
+        )
+        axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes.tick_params(length=0)
+        axes.axvline(1.5, color="white", linewidth=3)
+        axes.set_title(title, fontsize=11, loc="left")
+        figure.colorbar(shown, ax=axes, label="accuracy (%)", shrink=0.9, pad=0.01)
+        return _save(figure, Path(path))
+
+
+def matrix_of(records: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[str, list[str], list[tuple[str, list[float]]]]:
+    """Title, columns (clean, mean, then the corruptions) and the rows of :func:`accuracy_matrix`.
+
+    Raises:
+        UserError: as :func:`accuracy_matrix`.
+    """
+    found = [(label, r) for label, r in records if r["metrics"]["corruptions"]]
+    if not found:
+        raise UserError("no record has accuracies under corruptions; nothing to draw")
+    kinds = {(r["suite"]["name"], (r["metrics"].get("corruption_scores") or {}).get("source", "generated")) for _, r in found}
+    names = list(found[0][1]["metrics"]["corruptions"])
+    if len(kinds) > 1 or any(list(r["metrics"]["corruptions"]) != names for _, r in found):
+        raise UserError(f"one figure shows one corruption suite, the records have {', '.join(' '.join(k) for k in sorted(kinds))}")
+    (suite, source), *_ = kinds
+    label, first = found[0]
+    title = f"accuracy (%) under {suite}, {source}, {first['data']['name']}"
+    if len(found) > 1:
+        rows = [(name, _accuracies(r, names, "mean")) for name, r in found]
+    else:
+        title = f"{label}: {title}"
+        severities = [s for s in first["metrics"]["corruptions"][names[0]] if s != "mean"]
+        rows = [(f"severity {s}", _accuracies(first, names, s)) for s in severities]
+    return title, ["clean", "mean", *names], rows
+
+
+def _accuracies(record: Mapping[str, Any], names: Sequence[str], key: str) -> list[float]:
+    """Clean accuracy, the mean over the corruptions, and each corruption's."""
+    each = [record["metrics"]["corruptions"][name][key] for name in names]
+    return [record["metrics"]["clean"]["accuracy"], sum(each) / len(each), *each]
+
+
+def corruption_grid(rows: Sequence[tuple[str, Sequence[Any]]], columns: Sequence[str], path: str | Path) -> tuple[Path, Path]:
+    """One image under many corruptions: a row for each, a column for each severity.
+
+    Args:
+        rows: the corruption's name and its images, arrays (H, W, 3) or (H, W) of uint8, one for each column.
+        columns: what stands above them.
+        path: of the figure; ``.png`` and ``.svg`` are written.
+
+    Returns:
+        The two paths.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    wide, margin = 2 if len(rows) > 8 else 1, 0.25 + 0.068 * max(len(name) for name, _ in rows)
+    deep = -(-len(rows) // wide)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(wide * (margin + 0.8 * len(columns)), 0.42 + 0.8 * deep), dpi=160)
+        FigureCanvasAgg(figure)
+        width, height = figure.get_size_inches()
+        for i, (name, images) in enumerate(rows):
+            block, row = divmod(i, deep)
+            left = block * (margin + 0.8 * len(columns)) + margin - 0.05
+            bottom = height - 0.35 - 0.8 * (row + 1)
+            figure.text(
+                (left - 0.08) / width, (bottom + 0.38) / height, name.replace("_", " "), ha="right", va="center", fontsize=8
+            )
+            for j, image in enumerate(images):
+                axes = figure.add_axes(((left + 0.8 * j) / width, bottom / height, 0.76 / width, 0.76 / height))
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                axes.set_axis_off()
+                if row == 0:
+                    axes.set_title(columns[j], fontsize=8, pad=3)
+        return _save(figure, Path(path))

@@ -24,7 +24,9 @@ def leaderboard_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("model", overflow="fold", min_width=8)
     table.add_column("fidelity", no_wrap=True)
-    for name in ("clean %", "robust %   95 %", "corr. %", "passes", "s/image"):
+    scored = any(row.get("source") for row in rows)
+    names = ("clean %", "corr. %   95 %", "worst %", "ECE %") if scored else ("clean %", "robust %   95 %", "corr. %", "passes")
+    for name in (*names, "s/image"):
         table.add_column(name, justify="right", no_wrap=True)
     last = None
     for row in rows:
@@ -37,12 +39,18 @@ def leaderboard_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             Text(row["model"]),  # brackets are brackets here, not markup
             (row["fidelity"] or "-").removesuffix("-verified"),
             _percent(row["clean"]),
-            _percent(row["robust"]) + interval,
-            _percent(row["corruption"]),
-            f"{row['forwards'] + row['backwards']:,.0f}",
-            f"{row['seconds']:.3g}",
+            *(
+                (_percent(row["corruption"]) + interval, _percent(row["worst"]), _percent(row["ece"]))
+                if scored
+                else (_percent(row["robust"]) + interval, _percent(row["corruption"]), _passes(row))
+            ),
+            "-" if row["seconds"] is None else f"{row['seconds']:.3g}",
         )
     return table
+
+
+def _passes(row: Mapping[str, Any]) -> str:
+    return "-" if row["forwards"] is None else f"{row['forwards'] + row['backwards']:,.0f}"
 
 
 def _percent(value: float | None) -> str:

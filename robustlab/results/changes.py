@@ -78,6 +78,7 @@ def _figures(a: Row, b: Row) -> list[tuple[str, str, str]]:
         ("rank", str(a.rank or "-"), str(b.rank or "-")),
         ("robust", _percent(a.robust), _percent(b.robust)),
         ("clean", _percent(a.clean), _percent(b.clean)),
+        ("worst", _percent(a.worst), _percent(b.worst)),
         ("corruptions", _percent(a.corruption), _percent(b.corruption)),
         ("n", str(a.n), str(b.n)),
         ("provenance", a.provenance, b.provenance),

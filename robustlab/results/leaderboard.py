@@ -9,7 +9,9 @@ Only like is ranked with like: a section holds the records of one suite (every p
 number of images and precision. A suite that stands in for another gives upper bounds: they rank by what the audit leaves of them,
 and not at all without one. Within a section, rows are sorted by robust accuracy and grouped: a group starts with the best row
 that is left and takes every following row whose interval overlaps that of the group's first. The data do not tell the rows of
-one group apart. Claims stand at the end of the section of their data set, norm and radius, without a rank.
+one group apart. Corruption suites have sections of their own, ranked by the mean accuracy; images made here and published
+files are different suites, so they never share one. Claims stand at the end of the section of their data set, norm and radius,
+without a rank.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +54,10 @@ TEMPLATE = """\
 |{% for c in s | columns %} {{ c.show(r) }} |{% endfor %}
 
 {% endfor %}
+{% if s.figure in figures %}
+
+![accuracy under each corruption]({{ s.figure }})
+{% endif %}
 {%- endfor %}
 {% for w in sweeps %}
 
@@ -78,7 +84,10 @@ No records yet.
 {% endif %}
 
 Models of one rank are not told apart: their intervals (Wilson, 95 %) overlap that of the first of the rank. Accuracies are
-fractions of all n images. Forwards, backwards and seconds are what the suite's attacks spent per image.{% if claims %}
+fractions of all n images. Forwards, backwards and seconds are what the suite's attacks spent per image.{% if scored %}
+ Corruptions %
+is the mean over corruptions of the mean over severities; its interval is that of the mean over images. Generated images were made
+here, they are not the published files.{% endif %}{% if claims %}
  Rows that are claimed
 (by the model's authors) or external (measured by others) were not measured here and have no rank.{% endif %}
 
@@ -89,6 +98,7 @@ fractions of all n images. Forwards, backwards and seconds are what the suite's 
 class Row:
     """One model in one section; accuracies are fractions, costs per image.
 
+    In the section of a corruption suite ``low`` and ``high`` are those of ``corruption``, and ``source`` says which images.
     ``runs`` counts the records it is the worst of; ``radius`` is eps as people write it; ``bound`` is by how many points the robust
     accuracy may be too high, where an audit says so.
     """
@@ -124,6 +134,13 @@ class Row:
     provenance: str = "ours"
     model_hash: str | None = None
     checkpoint: str | None = None
+    source: str | None = None
+    worst: float | None = None
+    worst_where: str | None = None
+    ece: float | None = None
+    mce: str | None = None
+    relative_mce: str | None = None
+    corruption_robust: float | None = None
     links: str = field(default="", repr=False)
 
 
@@ -131,7 +148,8 @@ class Row:
 class Section:
     """Rows that rank together.
 
-    ``series`` names what sections of a suite with several radii have in common, ``exact`` the suite that this one stands in for.
+    ``series`` names what sections of a suite with several radii have in common, ``exact`` the suite that this one stands in for;
+    ``figure`` is a corruption suite's.
     """
 
     heading: str
@@ -139,6 +157,7 @@ class Section:
     rows: list[Row]
     series: str | None = None
     exact: str | None = None
+    figure: str | None = None
 
 
 @dataclass
@@ -196,7 +215,8 @@ def tables(folder: Path) -> dict[str, str]:
     """
     board, found = read_board(folder), sections(folder)
     curve = "curve.png" if (folder / "curve.png").exists() else None
-    return {"index.md": render(board, found, curve), "index.csv": _csv(found)}
+    figures = [s.figure for s in found if s.figure and (folder / s.figure).exists()]
+    return {"index.md": render(board, found, curve, figures), "index.csv": _csv(found)}
 
 
 def add(
@@ -256,6 +276,7 @@ def entry_name(record: Record) -> str:
     if record.threat:
         parts.append(f"{record.threat.norm}-{format_eps(record.threat.eps, record.threat.norm).replace('/', 'over')}")
     parts.append(f"n{record.data.n}")
+    parts += ["official"] if record.metrics.corruption_scores and record.metrics.corruption_scores.source != "generated" else []
     parts += [f"seed{record.seed}"] if record.seed else []
     parts += [record.precision] if record.precision != "fp32" else []
     return _file_name(parts)
@@ -326,12 +347,13 @@ def sections(board_dir: str | Path, extra: Mapping[Path, Record] | None = None) 
                 (path, r, t)
             )
     for path, r in records:
-        if not r.metrics.threats and (_model(r), _data(r)) not in ranked:
+        if r.metrics.corruption_scores is not None:
+            key = (_data(r), r.suite.name, _canonical([r.suite.resolved, r.seed]), None, None, r.precision)
+            groups.setdefault(key, []).append((path, r, None))
+        elif not r.metrics.threats and (_model(r), _data(r)) not in ranked:
             groups.setdefault((_data(r), None, None, None, None, None), []).append((path, r, None))
     ambiguous = _ambiguous(r for _, r in records)
-    corruption = {
-        (_model(r), _data(r)): r.metrics.corruption_accuracy for _, r in records if r.metrics.corruption_accuracy is not None
-    }
+    corruption = _corruption_column([r for _, r in records])
     out = []
     for key in sorted(groups, key=lambda k: _order(k, board)):
         rows = [_row(folder, path, r, t, corruption.get((_model(r), _data(r))), ambiguous) for path, r, t in groups[key]]
@@ -341,7 +363,8 @@ def sections(board_dir: str | Path, extra: Mapping[Path, Record] | None = None) 
         swept = all(len(r.metrics.threats) > 1 for _, r, _ in groups[key])
         series = _canonical([*key[0], *key[1:4], key[5]]) if swept else None
         facts = _facts(first, threat, key in _variants(groups)) + _near(key, groups)
-        out.append(Section(_heading(first, threat), facts, rows, series, exact))
+        figure = _figure(_heading(first, threat), out) if rows[0].source else None
+        out.append(Section(_heading(first, threat), facts, rows, series, exact, figure))
     return _with_claims(out, [(path.relative_to(folder).as_posix(), c) for path, c in known if isinstance(c, Claim)])
 
 
@@ -386,8 +409,8 @@ def format_eps(eps: float, norm: str | None = None) -> str:
     return f"{k}/255"
 
 
-def render(board: Board, found: list[Section], curve: str | None = None) -> str:
-    """The board as Markdown; ``curve`` is a figure that stands beside it."""
+def render(board: Board, found: list[Section], curve: str | None = None, figures: Sequence[str] = ()) -> str:
+    """The board as Markdown; ``curve`` and the sections' ``figures`` stand beside it."""
     from jinja2 import Environment, StrictUndefined
 
     env = Environment(undefined=StrictUndefined, trim_blocks=True, autoescape=False, keep_trailing_newline=True)
@@ -399,7 +422,8 @@ def render(board: Board, found: list[Section], curve: str | None = None) -> str:
     )
     ranked = [s for s in found if s.series is None]
     claims = any(r.provenance != "ours" for s in ranked for r in s.rows)
-    return env.from_string(TEMPLATE).render(board=board, ranked=ranked, sweeps=sweeps(found), curve=curve, claims=claims)
+    known = {"curve": curve, "claims": claims, "figures": figures, "scored": any(r.source for s in ranked for r in s.rows)}
+    return env.from_string(TEMPLATE).render(board=board, ranked=ranked, sweeps=sweeps(found), **known)
 
 
 @dataclass(frozen=True)
@@ -448,6 +472,12 @@ COLUMNS = (
     Column("n", "---:", lambda r: "-" if r.n is None else str(r.n), True),
     Column("eps", "---:", lambda r: r.radius, True),
     Column("corruptions %", "---:", lambda r: _percent(r.corruption)),
+    Column("worst %", "---:", lambda r: "-" if r.worst is None else f"{_percent(r.worst)} ({r.worst_where})"),
+    Column("ECE %", "---:", lambda r: _percent(r.ece)),
+    Column("mCE %", "---:", lambda r: r.mce or "-"),
+    Column("relative mCE %", "---:", lambda r: r.relative_mce or "-"),
+    Column("attacked %", "---:", lambda r: _percent(r.corruption_robust)),
+    Column("images", "---", lambda r: r.source or "-"),
     Column("trainer", "---", lambda r: _cell(r.trainer)),
     Column("fidelity", "---", lambda r: _cell(r.fidelity)),
     Column("forwards", "---:", lambda r: _count(r.forwards)),
@@ -458,9 +488,14 @@ COLUMNS = (
 )
 
 
+OF_CORRUPTIONS = ("source", "worst", "worst_where", "ece", "mce", "relative_mce", "corruption_robust")  # fields
+OF_ATTACKS = ("robust %", "eps")  # columns that the section of a corruption suite needs no place for
+
+
 def columns_of(section: Section) -> list[Column]:
     """The columns in which a row of the section has something to show."""
-    return [c for c in COLUMNS if c.always or any(c.show(r) != "-" for r in section.rows)]
+    needless = OF_ATTACKS if any(r.source for r in section.rows) else ()
+    return [c for c in COLUMNS if (c.always and c.title not in needless) or any(c.show(r) != "-" for r in section.rows)]
 
 
 def entries(folder: Path) -> list[tuple[Path, Record | Claim]]:
@@ -606,9 +641,19 @@ def _order(key: tuple[Any, ...], board: Board) -> tuple[Any, ...]:
         suite is not None
         and precision == "fp32"
         and all(mine is None or mine == theirs for mine, theirs in ((board.suite, suite), (board.norm, norm)))
-        and (board.eps is None or abs(board.eps - eps) < 1e-9)
+        and (board.eps is None or (eps is not None and abs(board.eps - eps) < 1e-9))
     )
-    return (suite is None, not wanted, precision != "fp32", suite or "", norm or "", eps or 0.0, data, resolved or "")
+    return (
+        suite is None,
+        not wanted,
+        norm is None,
+        precision != "fp32",
+        suite or "",
+        norm or "",
+        eps or 0.0,
+        data,
+        resolved or "",
+    )
 
 
 def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: float | None, ambiguous: set[str]) -> Row:
@@ -642,8 +687,32 @@ def _row(folder: Path, path: Path, r: Record, t: ThreatRow | None, corruption: f
         model_hash=r.model.hash,
         checkpoint=r.model.checkpoint,
     )
+    if (s := r.metrics.corruption_scores) is not None and t is None:
+        row.corruption, row.source, (row.low, row.high) = s.mean, s.source, s.interval
+        row.worst, row.worst_where = s.worst.accuracy, f"{s.worst.corruption} {s.worst.severity}"
+        row.ece = None if s.ece is None else s.ece.mean
+        row.mce, row.relative_mce = (_by_baseline(m) for m in (s.mce, s.relative_mce))
+        row.corruption_robust = None if s.robust is None else s.robust.mean
     row.links = _links(folder, row) + (f" [source]({r.provenance.link})" if r.provenance.link else "")
     return row
+
+
+def _by_baseline(values: Mapping[str, float]) -> str | None:
+    return ", ".join(f"{100 * v:.2f} ({name})" for name, v in values.items()) or None
+
+
+def _corruption_column(records: Iterable[Record]) -> dict[Any, float]:
+    """The mean accuracy under corruptions of each model, for the tables of attacks; nothing if the records mix suites or images."""
+    found = [r for r in records if r.metrics.corruption_accuracy is not None]
+    if len({_canonical([r.suite.model_dump(), r.seed]) for r in found}) > 1:
+        return {}
+    return {(_model(r), _data(r)): r.metrics.corruption_accuracy or 0.0 for r in found}
+
+
+def _figure(heading: str, before: Iterable[Section]) -> str:
+    """The file name of a section's figure."""
+    stem, taken = "corruptions-" + re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-"), {s.figure for s in before}
+    return next(name for k in range(1, len(taken) + 2) if (name := f"{stem}{'' if k == 1 else f'-{k}'}.png") not in taken)
 
 
 def _links(folder: Path, row: Row) -> str:
@@ -701,6 +770,8 @@ def _rank(rows: list[Row], bounds: bool) -> list[Row]:
 
 
 def _heading(r: Record, t: ThreatRow | None) -> str:
+    if t is None and (s := r.metrics.corruption_scores) is not None:
+        return f"{r.data.name}, {r.suite.name}, {s.source}"
     if t is None:
         return f"{r.data.name}, no attack"
     return (
@@ -714,6 +785,8 @@ def _facts(r: Record, t: ThreatRow | None, variant: bool) -> str:
     text = f"The first {r.data.n} {r.data.split} images (fingerprint `{r.data.fingerprint[:12]}`)."
     if r.precision != "fp32":
         text += f" The search ran in {r.precision}; these figures do not compare with full precision."
+    if t is None and r.metrics.corruption_scores is not None:
+        text += _corruption_facts(r)
     if t is not None and t.audit is not None:
         text += (
             f" Upper bounds on the robust accuracy under {t.audit.suite}, beside which they do not rank; the audit says by how many"
@@ -724,8 +797,22 @@ def _facts(r: Record, t: ThreatRow | None, variant: bool) -> str:
     return text
 
 
+def _corruption_facts(r: Record) -> str:
+    """Which corrupted images these are."""
+    rows, suite = r.metrics.corruptions, r.suite.resolved
+    severities = ", ".join(str(s) for s in suite.get("severities", ()))
+    text = f" {len(rows)} corruptions at severities {severities};"
+    if suite.get("files"):
+        return f"{text} published files (`{suite['files'][:12]}`)."
+    size = suite.get("size")
+    how = f", at {size} px: every pixel is repeated, the corrupted image averaged back" if size else ""
+    return f"{text} images generated here, seed {r.seed}{how}."
+
+
 def _csv(found: list[Section]) -> str:
     names = [f for f in Row.__dataclass_fields__ if f not in ("links", "radius", "model_hash", "checkpoint")]
+    if not any(row.source for section in found for row in section.rows):
+        names = [name for name in names if name not in OF_CORRUPTIONS]
     names.insert(0, names.pop(names.index("rank")))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -137,6 +137,43 @@ class ThreatRow(_Strict):
         return self.audit is None or self.audit.audited > 0 or self.audit.survivors == 0
 
 
+class WorstCell(_Strict):
+    corruption: str
+    severity: Annotated[int, Field(ge=1, le=5)]
+    accuracy: Share
+
+
+class Calibrations(_Strict):
+    """ECE of clean images, of each corruption by severity, and the mean over these."""
+
+    clean: Share
+    mean: Share
+    corruptions: dict[str, dict[str, Share]]
+
+
+class CorruptionRobustness(_Strict):
+    """Accuracy under an attack on the corrupted images."""
+
+    norm: Norm
+    eps: Annotated[float, Field(ge=0)]
+    mean: Share
+    corruptions: dict[str, dict[str, Share]]
+
+
+class CorruptionScores(_Strict):
+    """See ``evaluation.corruption_scores.scores``. mCE is by the name of its baseline, as a share: 1 is AlexNet's."""
+
+    source: Literal["generated", "official files"]
+    mean: Share
+    interval: tuple[Share, Share]
+    error: Share
+    worst: WorstCell
+    mce: dict[str, Annotated[float, Field(ge=0)]] = {}
+    relative_mce: dict[str, float] = {}
+    ece: Calibrations | None = None
+    robust: CorruptionRobustness | None = None
+
+
 class Metrics(_Strict):
     """``robust`` and ``per_attack`` are those of the first of ``threats``; ``robust`` is null without attacks."""
 
@@ -146,6 +183,7 @@ class Metrics(_Strict):
     threats: list[ThreatRow] = []
     corruptions: dict[str, dict[str, Share]] = {}
     corruption_accuracy: Share | None = None
+    corruption_scores: CorruptionScores | None = None
 
 
 class Provenance(_Strict):

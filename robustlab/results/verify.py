@@ -20,7 +20,7 @@ from robustlab.results.record import Record
 from robustlab.types import UserError
 
 TOLERANCE = 1e-9
-LATER = ("curve", "spent")  # older records do not have them
+LATER = ("curve", "spent", "corruption_scores")  # older records do not have them
 
 
 @dataclass(frozen=True)

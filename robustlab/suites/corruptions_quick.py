@@ -12,12 +12,12 @@ from robustlab.corruptions.defocus_blur import DefocusBlur
 from robustlab.corruptions.gaussian_noise import GaussianNoise
 from robustlab.corruptions.impulse_noise import ImpulseNoise
 from robustlab.registry import register
-from robustlab.types import Corruption, Suite
+from robustlab.types import Corruption, CorruptionSuite
 
 
 @register("corruptions-quick", cite="Hendrycks, Dietterich, ICLR 2019, arXiv:1903.12261")
-class CorruptionsQuick(Suite):
-    """Five common corruptions at severities 1 to 5, made on the device from the clean images.
+class CorruptionsQuick(CorruptionSuite):
+    """Five common corruptions at severities 1 to 5, made on the device from the clean images, or read from CIFAR-10-C (``files``).
 
     Costs 25 forwards per sample.
     """
