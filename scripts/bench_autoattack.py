@@ -93,7 +93,8 @@ def run_mode(mode: str, f: nn.Module, x: Tensor, y: Tensor, threat: Threat, args
     else:
         suite: str | Suite = SUITES[mode] if mode in SUITES else chosen(our_suite("standard", **budget), args.attacks)
         precision: Literal["fp32", "bf16"] = "bf16" if mode == "bf16" or (mode in SUITES and args.precision == "bf16") else "fp32"
-        result = evaluate(f, (x, y), suite, threat=threat, seed=seed, batch_size=args.batch_size, precision=precision)
+        audit = {"audit": args.audit} if mode in SUITES else {}
+        result = evaluate(f, (x, y), suite, threat=threat, seed=seed, batch_size=args.batch_size, precision=precision, **audit)
         assert result.robust is not None
         names = {"attacked": "given", "broken": "kills"}
         kept = ("forwards", "backwards", "seconds", "attacked", "broken")
@@ -163,6 +164,7 @@ def main() -> int:
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16", help="of fast, quick and screen; bf16 pays with AMX or a GPU"
     )
+    parser.add_argument("--audit", type=int, default=0, help="samples that fast, quick and screen audit; its time is in theirs")
     parser.add_argument("--second-seed", action="store_true", help="run the reference once more, under another seed")
     parser.add_argument("--attacks", nargs="+", default=[], choices=("apgd-ce", "apgd-t", "fab-t", "square"), help="only these")
     parser.add_argument("--steps", type=int, default=100)
