@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import get_args, get_type_hints
 
 import torch
@@ -14,6 +15,7 @@ from robustlab.types import Corruption, UserError, check_images
 TABLES = ("cifar", "imagenet")
 
 
+@functools.cache
 def tables(corruption: type[Corruption]) -> tuple[str, ...]:
     """The severity tables that a corruption has, of ``"cifar"`` and ``"imagenet"``."""
     return get_args(get_type_hints(corruption)["table"])
