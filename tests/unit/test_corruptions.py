@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage, stats
 
 from robustlab import image_ops
-from robustlab.corruptions import corrupt, tables
+from robustlab.corruptions import corrupt, jpeg_compression, tables
 from robustlab.image_ops import at_severity, disk_kernel, filter2d, gaussian_kernel, mirrored, quantize
 from robustlab.registry import entries, lookup
 from robustlab.rng import Rng
@@ -259,3 +259,11 @@ def test_corrupt_is_what_a_suite_draws():
     x = torch.rand(3, 1, 8, 8)
     rng = Rng(5).child("corruption", "gaussian_noise", 2).at(torch.arange(3))
     assert torch.equal(corrupt(x, "gaussian_noise", 2, seed=5), lookup("corruption", "gaussian_noise")()(x, 2, rng))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_both_jpeg_codecs_give_the_same_levels(channels):
+    levels = (torch.rand(channels, 37, 50, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    levels[:, :20] = torch.arange(50, dtype=torch.uint8) * 5
+    for quality in (7, 25, 80):
+        assert torch.equal(jpeg_compression.codec()(levels, quality), jpeg_compression.by_pillow(levels, quality))
