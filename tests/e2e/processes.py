@@ -23,6 +23,7 @@ context.set_forkserver_preload(
 
 def _main(args, log, env, prepare):
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what they start in the background ignore it
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
