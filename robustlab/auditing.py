@@ -12,6 +12,7 @@ What was done is not repeated: with ``resume`` an interrupted audit goes on with
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ RADII = 25
 MINIMUM = {"linf": "fmn", "l2": "ddn", "l1": "fmn"}
 SUITES = ("corruptions-quick",)
 SEVERITY = 3
+PASSES = {"corruptions": (26, 0), "distances": (270, 250), "steps": (94, 88), "calibration": (7, 0)}  # about, for each image
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def audit(
         suite: what the robust accuracy is measured with.
         out: everything lies in ``out/<model>``.
         resume: go on with what is there.
-        progress: takes the suites' events, and ``{"part": name, "number": i, "of": n}`` when a part begins.
+        progress: takes the suites' events, and ``{"part": name, "number": i, "of": n, "seconds": about}`` when a part begins;
+            of the suite nobody knows in advance.
 
     Returns:
         What was found, and the report's path.
@@ -105,7 +108,10 @@ def audit(
         found: dict[str, Any] = {"settings": settings, "command": commands.command_line()}
 
         def run(name: str, number: int, make: Callable[[], Any]) -> None:
-            progress({"part": name, "number": number, "of": 5})
+            forward, backward = speed
+            passes = PASSES.get(name)
+            seconds = None if passes is None else len(subject.x) * (passes[0] * forward + passes[1] * backward)
+            progress({"part": name, "number": number, "of": 5, "seconds": seconds})
             path = folder / "parts" / f"{name}.json"
             if not path.exists():
                 write_json(path, make())
@@ -119,9 +125,10 @@ def audit(
             record, path = evaluate(names, keep)[0]
             return {"record": record.model_dump(mode="json"), "ledger": str(path.with_name("ledger.jsonl").relative_to(folder))}
 
+        subject = _subject(spec, data, data_root, device, num_examples, Threat(norm, eps), seed, batch_size)  # type: ignore[arg-type]
+        speed = _speed(subject)
         run("suite", 1, lambda: record_of((suite,), kept))
         run("corruptions", 2, lambda: record_of(SUITES))
-        subject = _subject(spec, data, data_root, device, num_examples, Threat(norm, eps), seed, batch_size)  # type: ignore[arg-type]
         run("distances", 3, lambda: distances(subject))
         run("steps", 4, lambda: loss_against_steps(subject))
         run("calibration", 5, lambda: calibrations(subject, kept))
@@ -159,6 +166,21 @@ def _subject(
     if isinstance(module, torch.nn.Module):
         module.eval()
     return Subject(f, x, y, threat, splits.num_classes, tuple(splits.class_names), seed, batch_size)
+
+
+def _speed(s: Subject) -> tuple[float, float]:
+    """Seconds for an image forward, and back; the second is 0 where no gradient comes through."""
+    x = s.x[: s.batch_size].clone()
+    _logits(s, x)  # warm
+    start = time.perf_counter()
+    _logits(s, x)
+    forward = time.perf_counter() - start
+    start = time.perf_counter()
+    z = s.f(x.requires_grad_())
+    if not z.requires_grad:
+        return forward / len(x), 0.0
+    torch.autograd.grad(z.sum(), x, allow_unused=True)
+    return forward / len(x), max(time.perf_counter() - start - forward, 0.0) / len(x)
 
 
 def _attacked(s: Subject, attack: Any, threat: Threat, name: str) -> tuple[Tensor, dict[str, Tensor]]:

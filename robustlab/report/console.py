@@ -153,41 +153,24 @@ class EvaluationScreen(_Screen):
 
 
 class AuditScreen(EvaluationScreen):
-    """Shows an audit: which of its parts runs, and the progress of the suites inside."""
+    """Shows an audit: which of its parts runs, about how long it will take, and the progress of the suites inside."""
+
+    def __init__(self, label: str):
+        super().__init__(label)
+        self._begun, self._told = time.perf_counter(), 0
 
     def __call__(self, event: dict[str, Any]) -> None:
         if "part" not in event:
             super().__call__(event)
+            if self._bar is None and event["threat"] is not None and event["done"] > self._told:
+                self._told = event["done"]
+                left = (time.perf_counter() - self._begun) / self._told * (event["n"] - self._told)
+                err.print(f"{self.label}  {self._told} of {event['n']} images done, eta {duration(left)}", markup=False)
             return
-        text = f"{self.label}  part {event['number']} of {event['of']}: {event['part']}"
+        self._begun, self._told = time.perf_counter(), 0
+        about = f", about {duration(event['seconds'])}" if event.get("seconds") else ""
+        text = f"{self.label}  part {event['number']} of {event['of']}: {event['part']}{about}"
         (self._bar.console if self._bar else err).print(text, markup=False, style="dim")
-
-
-class ComparisonScreen:
-    """Shows a comparison: which run of how many, how long is left, and the progress of what is done for it."""
-
-    def __init__(self) -> None:
-        self._inner: TrainingScreen | EvaluationScreen | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._inner is not None:
-            self._inner.__exit__(*exc)
-            self._inner = None
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        if "row" in event:
-            self.__exit__()
-            left = f"eta {duration(event['eta'])}" + ("" if event["whole"] else " for the trainings")
-            what = f"{event['number']} of {event['of']}: {event['row']}, seed {event['seed']}: {event['doing']}"
-            err.print(f"{what}  {left}", markup=False, style="dim")
-            self._inner = TrainingScreen(event["probe"]) if event["doing"] == "train" else EvaluationScreen(event["row"])
-            self._inner.__enter__()
-        elif err.is_terminal or event.get("kind") != "epoch" or "val_clean" in event:
-            assert self._inner is not None
-            self._inner(event)
 
 
 def run_text(run: Any) -> str:
