@@ -173,6 +173,33 @@ class AuditScreen(EvaluationScreen):
         (self._bar.console if self._bar else err).print(text, markup=False, style="dim")
 
 
+class ComparisonScreen:
+    """Shows a comparison: which run of how many, how long is left, and the progress of what is done for it."""
+
+    def __init__(self) -> None:
+        self._inner: TrainingScreen | EvaluationScreen | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._inner is not None:
+            self._inner.__exit__(*exc)
+            self._inner = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if "row" in event:
+            self.__exit__()
+            left = f"eta {duration(event['eta'])}" + ("" if event["whole"] else " for the trainings")
+            what = f"{event['number']} of {event['of']}: {event['row']}, seed {event['seed']}: {event['doing']}"
+            err.print(f"{what}  {left}", markup=False, style="dim")
+            self._inner = TrainingScreen(event["probe"]) if event["doing"] == "train" else EvaluationScreen(event["row"])
+            self._inner.__enter__()
+        elif err.is_terminal or event.get("kind") != "epoch" or "val_clean" in event:
+            assert self._inner is not None
+            self._inner(event)
+
+
 def run_text(run: Any) -> str:
     """What a configuration trains, in one line."""
     what = f"{run.model.name} on {run.data.name}, {run.threat.norm} {format_eps(run.threat.eps, run.threat.norm)}"
