@@ -90,6 +90,9 @@ class _Search:
         return _Search(**{name: value[rows] for name, value in vars(self).items()})
 
 
+Leaving = tuple[_Search, Point, int]  # rows that leave a search: their state, the points to return, the passes spent on each
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a search does: the threat model, K, rho, and over how many passes each gradient is averaged."""
@@ -137,7 +140,7 @@ class APGD(Attack):
             rows = (~found.fooled).nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            start = rng.select(rows).child("restart", r, "start")
+            start = begin_at(x[rows], norm, eps, rng.select(rows).child("restart", r, "start"))
             take_in(found, info, rows, climb(f, x[rows], y[rows], nowhere[rows], LOSSES[self.loss], settings, start))
         return found.x, info
 
@@ -148,44 +151,58 @@ def nothing_found(x: Tensor) -> Point:
     return Point(x.clone(), least, torch.zeros_like(least, dtype=torch.bool))
 
 
-def take_in(found: Point, info: dict[str, Any], rows: Tensor, leaving: Iterator[tuple[_Search, Point, int]]) -> None:
+def take_in(found: Point, info: dict[str, Any], rows: Tensor, leaving: Iterator[Leaving], siblings: int = 1) -> None:
     """Write what a search of the samples ``rows`` returns into the points and by-products of the whole batch."""
     for s, point, spent in leaving:
-        done = rows[s.row]
-        put_better(found, done, point)
-        info["grad"][done] = s.g
-        info["passes"][done] += spent
+        done, best = rows[s.row[::siblings] // siblings], foremost(point, siblings)
+        put_better(found, done, Point(*(v[best] for v in point)))
+        info["grad"][done] = s.g[best]
+        info["passes"][done] += spent * siblings
+
+
+def foremost(point: Point, siblings: int) -> Tensor:
+    """Of each sample's ``siblings`` points in a row, the one that fools it, else the one of largest loss: positions (n,)."""
+    fooled, value = point.fooled.view(-1, siblings), point.value.view(-1, siblings)
+    value = value.masked_fill(~fooled & fooled.any(1, keepdim=True), -torch.inf)
+    return value.argmax(1) + torch.arange(len(value), device=value.device) * siblings
+
+
+def begin_at(x: Tensor, norm: str, eps: float, rng: Rng) -> Tensor:
+    """Random starts: on the sphere of radius eps around ``x``; l1: a Gaussian away, wherever that is."""
+    if norm == "l1":
+        return x + rng.normal(x.shape[1:], dtype=x.dtype)
+    d = geometry.sample_ball(x, norm, eps, rng)
+    size = geometry.norm_of(d, norm).clamp_min(torch.finfo(x.dtype).tiny)
+    return geometry.project(x + d * (eps / size).view(-1, 1, 1, 1), x, norm, eps)
 
 
 def climb(
-    f: Classifier, x: Tensor, y: Tensor, target: Tensor, loss: TargetLoss, settings: Settings, rng: Rng
-) -> Iterator[tuple[_Search, Point, int]]:
-    """One run from a random start. Yields samples as they leave: their state, the point to return and the passes spent on each."""
+    f: Classifier, x: Tensor, y: Tensor, target: Tensor, loss: TargetLoss, settings: Settings, start: Tensor, siblings: int = 1
+) -> Iterator[Leaving]:
+    """One run from a start. Yields rows as they leave: their state, the points to return and the passes spent on each.
+
+    ``siblings``: so many rows in succession are one sample's, which leaves as soon as one of them is fooled.
+    """
     norm, eps, steps = settings.norm, settings.eps, settings.steps
     spent = 0
     if norm == "l1":
-        start = x + rng.normal(x.shape[1:], dtype=x.dtype)
         part = min(-(-3 * steps // 10), (steps - 1) // 2)
         for factor in (3, 2) if part else ():
             start = geometry.project(start, x, norm, factor * eps)
             wide = Settings(norm, factor * eps, part, settings.rho, settings.eot)
-            ((s, _, cost),) = _search(f, x, y, target, loss, wide, start, leave=False)
+            ((s, _, cost),) = _search(f, x, y, target, loss, wide, start)
             start, spent = s.x_best, spent + cost
             steps -= part
         start = geometry.project(start, x, norm, eps)
-    else:
-        d = geometry.sample_ball(x, norm, eps, rng)
-        size = geometry.norm_of(d, norm).clamp_min(torch.finfo(x.dtype).tiny)
-        start = geometry.project(x + d * (eps / size).view(-1, 1, 1, 1), x, norm, eps)
     last = Settings(norm, eps, steps, settings.rho, settings.eot)
-    for s, point, cost in _search(f, x, y, target, loss, last, start, leave=settings.eot == 1):
+    for s, point, cost in _search(f, x, y, target, loss, last, start, leave=siblings if settings.eot == 1 else 0):
         yield s, point, spent + cost
 
 
 def _search(
-    f: Classifier, x: Tensor, y: Tensor, target: Tensor, loss: TargetLoss, settings: Settings, start: Tensor, leave: bool
-) -> Iterator[tuple[_Search, Point, int]]:
-    """The search in one ball. With ``leave`` a sample goes as soon as it is fooled, else all stay to the end."""
+    f: Classifier, x: Tensor, y: Tensor, target: Tensor, loss: TargetLoss, settings: Settings, start: Tensor, leave: int = 0
+) -> Iterator[Leaving]:
+    """The search in one ball. So many rows in succession (``leave``) go as soon as one is fooled; 0: all stay to the end."""
     norm, eps, steps = settings.norm, settings.eps, settings.steps
     checkpoints = _checkpoints(steps) if norm != "l1" else {k: 0 for k in range(0, steps + 1, max(int(0.04 * steps), 1)) if k}
     s, seen = _begin(x, y, target, start, eps if norm == "l1" else 2 * eps), None
@@ -198,9 +215,11 @@ def _search(
         if settings.eot > 1:
             seen = keep_better(seen, Point(s.x, value, miss))
         if leave and bool(miss.any()):
-            out, s = s.keep(miss), s.keep(~miss)
-            yield out, Point(out.x, out.value, miss[miss]), k + 1
-            if len(s.row) == 0:
+            over = miss.view(-1, leave).any(1).repeat_interleave(leave)
+            gone, left = over.nonzero().squeeze(1), (~over).nonzero().squeeze(1)
+            out, s = s.keep(gone), s.keep(left)
+            yield out, Point(out.x, out.value, miss[gone]), k + 1
+            if len(left) == 0:
                 return
         if k in checkpoints:
             _check_sparsity(s, eps) if norm == "l1" else _check(s, settings.rho * checkpoints[k])

@@ -7,7 +7,8 @@
     x_{i+1} = clamp((1 - alpha) (x_i + eta d_1) + alpha (x + eta d_2))                 eta > 1 overshoots
               if it fools, keep it where it is the nearest so far, and go on from (1 - beta) x + beta x_{i+1}
 
-``targeted``: s is one wrong class for the whole run, and there is one run for each of the most likely ones.
+``targeted``: s is one wrong class for the whole run, and there is one run for each of the most likely ones. A sample's runs go side
+by side, in fewer and larger passes; they all end when one is near enough.
 
 Differences from the authors' code:
 
@@ -21,6 +22,7 @@ Differences from the authors' code:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ class FAB(Attack):
         steps: iterations per run.
         targeted: one run for each of the most likely wrong classes.
         n_targets: how many of these, or all if there are fewer.
+        rows: images in one pass, at most (but one sample's targets stay together); None: as many as there are samples.
         restarts: runs; the first starts at the image, the others at random points around it.
         alpha_max: the largest weight of the original point's projection.
         eta: how far steps go, in distances to the boundary.
@@ -61,6 +64,7 @@ class FAB(Attack):
     steps: Count = 100
     targeted: bool = False
     n_targets: Count = 9
+    rows: Count | None = dataclasses.field(default=None, compare=False)  # how, not what
     restarts: Count = 1
     alpha_max: Fraction = 0.1
     eta: Positive = 1.05
@@ -75,20 +79,23 @@ class FAB(Attack):
         targets = targets_of(z, y, self.n_targets) if self.targeted else None
         distance = torch.full_like(z[:, 0], torch.inf).masked_fill(fooled(z, y), 0.0)
         found, cost = x.clone(), passes(x, 1, 0)
-        for t in range(1 if targets is None else targets.shape[1]):
-            for r in range(self.restarts):
-                rows = ((distance > enough) & (distance > 0)).nonzero().squeeze(1)
-                if len(rows) == 0:
-                    break
-                start = x[rows]
+        count = 1 if targets is None else targets.shape[1]
+        most = max((self.rows or len(x)) // count, 1)
+        for r in range(self.restarts):
+            for rows in ((distance > enough) & (distance > 0)).nonzero().squeeze(1).split(most):
+                each = rows.repeat_interleave(count)
+                start = x[each]
                 if r:
-                    start = self._around(start, norm, distance[rows], rng.select(rows).child("target", t, "restart", r))
-                target = None if targets is None else targets[rows, t]
-                new, norms, spent = self._run(f, x[rows], y[rows], target, start, norm, enough)
+                    sources = [rng.select(rows).child("target", t, "restart", r) for t in range(count)]
+                    start = torch.stack([self._around(x[rows], norm, distance[rows], s) for s in sources], 1).flatten(0, 1)
+                target = None if targets is None else targets[rows].flatten()
+                new, norms, spent = self._run(f, x[each], y[each], target, start, norm, enough, count)
+                norms, best = norms.view(-1, count).min(1)
+                new = new[best + torch.arange(len(rows), device=x.device) * count]
                 nearer = norms < distance[rows]
                 found[rows] = torch.where(nearer.view(-1, 1, 1, 1), new, found[rows])
                 distance[rows] = torch.where(nearer, norms, distance[rows])
-                cost[rows] += spent
+                cost[rows] += spent.view(-1, count, 2).sum(1)
         out = found if self.eps is None else geometry.project(found, x, norm, self.eps)
         return out, {"distance": distance, "passes": cost}
 
@@ -101,9 +108,9 @@ class FAB(Attack):
         return (x + d * (radius / size / 2).view(-1, 1, 1, 1)).clamp(0.0, 1.0)
 
     def _run(
-        self, f: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor, norm: str, enough: float
+        self, f: Classifier, x0: Tensor, y: Tensor, target: Tensor | None, start: Tensor, norm: str, enough: float, siblings: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One run: the nearest points that fool, their norms, the passes spent on each sample."""
+        """One run: the nearest points that fool, their norms, the passes spent; so many rows in succession end together."""
         near, best = x0.clone(), torch.full((len(x0),), torch.inf, dtype=x0.dtype, device=x0.device)
         spent, row, x = passes(x0, 0, 0), torch.arange(len(x0), device=x0.device), start
         for _ in range(self.steps):
@@ -123,7 +130,9 @@ class FAB(Attack):
             near[row] = torch.where(nearer.view(-1, 1, 1, 1), x, near[row])
             best[row] = torch.where(nearer, size, best[row])
             x = torch.where(miss.view(-1, 1, 1, 1), x_0 + self.beta * (x - x_0), x)
-            if enough >= 0 and bool((left := best[row] > enough).logical_not().any()):
+            over = (best[row] <= enough).view(-1, siblings).any(1)
+            if enough >= 0 and bool(over.any()):
+                left = (~over).repeat_interleave(siblings).nonzero().squeeze(1)
                 x, row = x[left], row[left]
                 if len(row) == 0:
                     break

@@ -9,8 +9,8 @@
 
 A query costs one forward pass. It is a comparison of numbers: the classifier may be anything that takes a tensor.
 
-``speculate``: when few samples are left, each walks the same sequence at its own pace. As many proposals as it has refused in a row
-are judged in one forward pass; the first that is better counts, those behind it were in vain. Decisions are those of one by one.
+``speculate``: each sample walks the same sequence at its own pace. As many proposals as it has refused in a row, and one, are
+judged in one forward pass; the first that is better counts, those behind it were in vain. Decisions are those of one by one.
 
 Differences from the authors' code:
 
@@ -26,6 +26,7 @@ Differences from the authors' code:
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -38,7 +39,6 @@ from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm
 
 SCHEDULE = 10_000  # queries that the window sizes were made for
-FEW = 8  # speculate with at most so many samples left
 
 
 @register("square", cite="Andriushchenko, Croce, Flammarion, Hein, ECCV 2020, arXiv:1912.00049")
@@ -52,8 +52,10 @@ class Square(Attack):
         norm, eps: the threat model; None takes the surrounding one.
         queries: proposals for each sample.
         p_init: the share of the image that the first windows cover.
-        speculate: with at most 8 samples left, judge several proposals of each at once. The same results from fewer and larger
-            forward passes, about a quarter more rows in all; how many depends on the batch.
+        speculate: judge up to 16 proposals of a sample at once. The same results from fewer and larger forward passes, about a
+            quarter more rows in all: worth it where few samples are left to fill a pass.
+        rows: images in one pass when speculating, at most (but one sample's proposals stay together); None: as many as there are
+            samples.
         rescale: run through the schedule of window sizes, which was made for 10,000 queries, in the queries there are; AutoAttack
             does not.
     """
@@ -64,7 +66,8 @@ class Square(Attack):
     eps: NonNegative | None = None
     queries: Count = 5000
     p_init: Fraction = 0.8
-    speculate: bool = False
+    speculate: bool = dataclasses.field(default=False, compare=False)  # how, not what: verdicts are the same
+    rows: Count | None = dataclasses.field(default=None, compare=False)
     rescale: bool = False
 
     @torch.no_grad()
@@ -78,7 +81,9 @@ class Square(Attack):
         asked = cost[:, 0].clone()
         s = square_walk.Search(row, x[row], y[row], out[row], value[row], out, cost, asked)
         how = square_walk.How(norm, eps, self.queries, self.p_init, SCHEDULE / self.queries if self.rescale else 1.0, rng)
-        first = square_walk.in_step(f, s, how, FEW if self.speculate else 0)
-        square_walk.ahead(f, s, how, first)
+        if self.speculate:
+            square_walk.ahead(f, s, how, self.rows or len(x))
+        else:
+            square_walk.in_step(f, s, how)
         out[s.row] = s.best
         return out, {"passes": cost, "queries": asked}

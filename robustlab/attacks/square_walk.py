@@ -16,7 +16,7 @@ from robustlab.types import Classifier
 
 BLOCK = 100  # queries whose draws are made at once
 ROUNDING = 64  # units in the last place: a margin that falls by less has not fallen
-WIDE = 16  # proposals that are judged at once, at most
+WIDE = 16  # proposals of a sample that are judged at once, at most
 
 
 class How(NamedTuple):
@@ -72,11 +72,11 @@ def better(margin: Tensor, value: Tensor, miss: Tensor) -> Tensor:
     return miss | (margin < value - ROUNDING * torch.finfo(value.dtype).eps * (1 + value.abs()))
 
 
-def in_step(f: Classifier, s: Search, how: How, few: int) -> int:
-    """Query by query, all samples at once, until at most ``few`` are left; returns the number of queries made."""
+def in_step(f: Classifier, s: Search, how: How) -> None:
+    """Query by query, all samples at once."""
     for q in range(how.queries):
-        if len(s.row) <= few:
-            return q
+        if len(s.row) == 0:
+            return
         if q % BLOCK == 0:
             draws = how.draws(s.row, q, s.out.shape[1])
         new, moved = propose(how.norm, s.x0, s.best, how.eps, how.side(q, s.out.shape), draws[:, q % BLOCK])
@@ -91,61 +91,61 @@ def in_step(f: Classifier, s: Search, how: How, few: int) -> int:
         s.best[at[kept]], s.value[at[kept]] = new[kept], margin[kept]
         if bool(miss.any()):
             draws = draws[s.leave(at[miss])]
-    return how.queries
 
 
-@dataclass
-class _Place:
-    """Where a sample is in its sequence of proposals."""
+def ahead(f: Classifier, s: Search, how: How, rows: int) -> None:
+    """Each sample at its own pace: as many proposals at once as it has refused in a row, and one. It decides as ``in_step`` does.
 
-    q: int  # the next one
-    refused: int = 0  # in a row
-    draws: Tensor | None = None  # of the block that holds q
-
-    def step(self, width: int, how: How, row: Tensor, channels: int) -> tuple[Tensor, list[int]]:
-        """The draws and numbers of the next proposals: one more than were refused, within the block and the budget."""
-        if self.draws is None or self.q % BLOCK == 0:
-            self.draws = how.draws(row, self.q - self.q % BLOCK, channels)[0]
-        count = min(1 + self.refused, width, BLOCK - self.q % BLOCK, how.queries - self.q)
-        return self.draws[self.q % BLOCK :][:count], list(range(self.q, self.q + count))
-
-
-def ahead(f: Classifier, s: Search, how: How, first: int) -> None:
-    """From query ``first`` on each sample at its own pace. Decisions are those of ``in_step``; rows judged in vain cost passes."""
-    places = [_Place(first) for _ in s.row] if first < how.queries else []
-    while places:
-        width = max(WIDE // len(places), 1)
-        steps = [p.step(width, how, s.row[i : i + 1], s.out.shape[1]) for i, p in enumerate(places)]
-        counts = [len(numbers) for _, numbers in steps]
-        who = torch.arange(len(places), device=s.row.device).repeat_interleave(torch.tensor(counts, device=s.row.device))
-        new, moved = _proposals(s, how, who, torch.cat([u for u, _ in steps]), [q for _, numbers in steps for q in numbers])
-        margin, miss = s.value[who], torch.zeros_like(moved)
-        if bool(moved.any()):
-            margin[moved], miss[moved] = judge(f, new[moved], s.y[who[moved]])
-        s.cost[:, 0].index_add_(0, s.row[who], moved.to(s.cost.dtype))
-        kept, used, took, begin = better(margin, s.value[who], miss).tolist(), torch.zeros_like(moved), list[int](), 0
-        for place, count in zip(places, counts, strict=True):
-            chosen = next((j for j in range(begin, begin + count) if kept[j]), None)
-            last = begin + count - 1 if chosen is None else chosen
-            used[begin : last + 1] = True
-            took += [] if chosen is None else [chosen]
-            place.q += last + 1 - begin
-            place.refused = 0 if chosen is not None else place.refused + count
-            begin += count
-        s.asked.index_add_(0, s.row[who], (used & moved).to(s.asked.dtype))
-        s.best[who[took]], s.value[who[took]] = new[took], margin[took]
-        over = torch.tensor([place.q >= how.queries for place in places], device=miss.device)
-        over[who[took]] |= miss[took]
+    Proposals behind the first that is kept were judged in vain. So many samples go at a time that a pass holds at most ``rows``
+    proposals; what a sample costs does not depend on the others.
+    """
+    n, block, shape = len(s.row), min(BLOCK, how.queries), s.out.shape
+    sides = torch.tensor([how.side(q, shape) for q in range(how.queries)])
+    q, refused, drawn = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.full((n,), -1)  # on the CPU
+    draws = s.x0.new_empty((min(max(rows // WIDE, 1), n), block, 5 + shape[1]), dtype=torch.float64)
+    while n := min(len(draws), len(s.row)):
+        for b in (q[:n] // BLOCK)[stale := q[:n] // BLOCK != drawn[:n]].unique().tolist():
+            at = (stale & (q[:n] // BLOCK == b)).nonzero().squeeze(1).to(s.row.device)
+            new = how.draws(s.row[at], b * BLOCK, shape[1])
+            draws[at, : new.shape[1]] = new
+        drawn[:n] = q[:n] // BLOCK
+        count = torch.minimum((1 + refused[:n]).clamp_max(WIDE), torch.minimum(BLOCK - q[:n] % BLOCK, how.queries - q[:n]))
+        who, j = torch.arange(n).repeat_interleave(count), torch.arange(int(count.sum())) - _before(count).repeat_interleave(count)
+        number, lane = q[who] + j, who.to(s.row.device)
+        new, moved = _proposals(s, how, lane, draws[lane, (number % BLOCK).to(lane)], sides[number])
+        margin, miss, at = s.value[lane], torch.zeros_like(moved), moved.nonzero().squeeze(1)
+        if len(at):
+            margin[at], miss[at] = judge(f, new[at], s.y[lane[at]])
+        s.cost[:, 0].index_add_(0, s.row[lane[at]], torch.ones_like(at))
+        kept = better(margin, s.value[lane], miss).cpu()
+        first = torch.full((n,), BLOCK).scatter_reduce_(0, who, torch.where(kept, j, BLOCK), "amin")
+        hit = first < count
+        used = (j <= first[who]).to(lane.device) & moved
+        s.asked.index_add_(0, s.row[lane], used.to(s.asked.dtype))
+        q[:n] += torch.where(hit, first + 1, count)
+        refused[:n] = torch.where(hit, 0, refused[:n] + count)
+        took = (_before(count) + first)[hit].to(lane.device)
+        s.best[lane[took]], s.value[lane[took]] = new[took], margin[took]
+        over = q[:n] >= how.queries
+        over[hit] |= miss[took].cpu()
         if bool(over.any()):
-            left = s.leave(over.nonzero().squeeze(1)).tolist()
-            places = [p for p, stays in zip(places, left, strict=True) if stays]
+            left = s.leave(over.nonzero().squeeze(1).to(lane.device)).cpu()
+            draws[: int(left[:n].sum())] = draws[:n][left[:n].to(lane.device)]
+            q, refused, drawn = q[left], refused[left], drawn[left]
 
 
-def _proposals(s: Search, how: How, who: Tensor, u: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """The proposals with these numbers, for the samples ``who``, from where each is: points, and which of them are new."""
-    sides = torch.tensor([how.side(q, s.out.shape) for q in numbers], device=who.device)
-    new, moved = torch.empty_like(s.x0[who]), torch.empty_like(who, dtype=torch.bool)
-    for size in sides.unique().tolist():
-        at = (sides == size).nonzero().squeeze(1)
-        new[at], moved[at] = propose(how.norm, s.x0[who[at]], s.best[who[at]], how.eps, size, u[at])
+def _before(count: Tensor) -> Tensor:
+    """How many come before each: sums of what stands before."""
+    return count.cumsum(0) - count
+
+
+def _proposals(s: Search, how: How, who: Tensor, u: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:
+    """Proposals of these window sizes (on the CPU), for the samples ``who``, from where each is: points, and which are new."""
+    x0, best = s.x0[who], s.best[who]
+    if len(sizes := sides.unique().tolist()) == 1:
+        return propose(how.norm, x0, best, how.eps, sizes[0], u)
+    new, moved = torch.empty_like(x0), torch.empty_like(who, dtype=torch.bool)
+    for size in sizes:
+        at = (sides == size).nonzero().squeeze(1).to(who.device)
+        new[at], moved[at] = propose(how.norm, x0[at], best[at], how.eps, size, u[at])
     return new, moved
