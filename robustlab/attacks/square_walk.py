@@ -93,50 +93,74 @@ def in_step(f: Classifier, s: Search, how: How) -> None:
             draws = draws[s.leave(at[miss])]
 
 
+class _Pace:
+    """Where each sample is in its own sequence of proposals: kept on the CPU, but for the draws of the block that it is in."""
+
+    def __init__(self, s: Search, how: How):
+        n, self.how = len(s.row), how
+        self.query, self.refused = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
+        self.block = torch.full((n,), -1)  # that the draws are for
+        self.draws = s.x0.new_empty((n, min(BLOCK, how.queries), 5 + s.out.shape[1]), dtype=torch.float64)
+
+    def counts(self, rows: int) -> Tensor:
+        """How many proposals the next pass judges of each of the first samples, which is as many as fit into ``rows``."""
+        most = torch.minimum(BLOCK - self.query % BLOCK, self.how.queries - self.query)
+        count = (1 + self.refused).clamp_max(WIDE).minimum(most)
+        return count[: max(int((count.cumsum(0) <= rows).sum()), 1)]
+
+    def draws_of(self, row: Tensor, who: Tensor, query: Tensor) -> Tensor:
+        """The draws of these queries of the samples ``who``, the first of which stand at ``row`` in the batch."""
+        block = self.query[: int(who[-1]) + 1] // BLOCK
+        stale = block != self.block[: len(block)]
+        for b in block[stale].unique().tolist():
+            at = (stale & (block == b)).nonzero().squeeze(1).to(row.device)
+            new = self.how.draws(row[at], b * BLOCK, self.draws.shape[2] - 5)
+            self.draws[at, : new.shape[1]] = new
+        self.block[: len(block)] = block
+        return self.draws[who.to(row.device), (query % BLOCK).to(row.device)]
+
+    def advance(self, count: Tensor, first: Tensor) -> Tensor:
+        """Take in which proposal of each sample was kept, of so many; returns for which samples one was."""
+        n, hit = len(count), first < count
+        self.query[:n] += torch.where(hit, first + 1, count)
+        self.refused[:n] = torch.where(hit, 0, self.refused[:n] + count)
+        return hit
+
+    def keep(self, left: Tensor) -> None:
+        self.query, self.refused, self.block = self.query[left], self.refused[left], self.block[left]
+        self.draws = self.draws[left.to(self.draws.device)]
+
+
 def ahead(f: Classifier, s: Search, how: How, rows: int) -> None:
     """Each sample at its own pace: as many proposals at once as it has refused in a row, and one. It decides as ``in_step`` does.
 
-    Proposals behind the first that is kept were judged in vain. So many samples go at a time that a pass holds at most ``rows``
-    proposals; what a sample costs does not depend on the others.
+    Proposals behind the first that is kept were judged in vain. A pass takes the first samples whose proposals fit into ``rows``;
+    what a sample costs does not depend on the others.
     """
-    n, block, shape = len(s.row), min(BLOCK, how.queries), s.out.shape
-    sides = torch.tensor([how.side(q, shape) for q in range(how.queries)])
-    q, refused, drawn = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.full((n,), -1)  # on the CPU
-    draws = s.x0.new_empty((min(max(rows // WIDE, 1), n), block, 5 + shape[1]), dtype=torch.float64)
-    while n := min(len(draws), len(s.row)):
-        for b in (q[:n] // BLOCK)[stale := q[:n] // BLOCK != drawn[:n]].unique().tolist():
-            at = (stale & (q[:n] // BLOCK == b)).nonzero().squeeze(1).to(s.row.device)
-            new = how.draws(s.row[at], b * BLOCK, shape[1])
-            draws[at, : new.shape[1]] = new
-        drawn[:n] = q[:n] // BLOCK
-        count = torch.minimum((1 + refused[:n]).clamp_max(WIDE), torch.minimum(BLOCK - q[:n] % BLOCK, how.queries - q[:n]))
-        who, j = torch.arange(n).repeat_interleave(count), torch.arange(int(count.sum())) - _before(count).repeat_interleave(count)
-        number, lane = q[who] + j, who.to(s.row.device)
-        new, moved = _proposals(s, how, lane, draws[lane, (number % BLOCK).to(lane)], sides[number])
+    pace, device = _Pace(s, how), s.row.device
+    sides = torch.tensor([how.side(q, s.out.shape) for q in range(how.queries)])
+    while len(s.row):
+        count = pace.counts(rows)
+        before = count.cumsum(0) - count
+        who = torch.arange(len(count)).repeat_interleave(count)
+        j = torch.arange(len(who)) - before[who]  # the how manieth proposal of its sample
+        query, lane = pace.query[who] + j, who.to(device)
+        new, moved = _proposals(s, how, lane, pace.draws_of(s.row, who, query), sides[query])
         margin, miss, at = s.value[lane], torch.zeros_like(moved), moved.nonzero().squeeze(1)
         if len(at):
             margin[at], miss[at] = judge(f, new[at], s.y[lane[at]])
-        s.cost[:, 0].index_add_(0, s.row[lane[at]], torch.ones_like(at))
         kept = better(margin, s.value[lane], miss).cpu()
-        first = torch.full((n,), BLOCK).scatter_reduce_(0, who, torch.where(kept, j, BLOCK), "amin")
-        hit = first < count
-        used = (j <= first[who]).to(lane.device) & moved
-        s.asked.index_add_(0, s.row[lane], used.to(s.asked.dtype))
-        q[:n] += torch.where(hit, first + 1, count)
-        refused[:n] = torch.where(hit, 0, refused[:n] + count)
-        took = (_before(count) + first)[hit].to(lane.device)
+        first = torch.full_like(count, BLOCK).scatter_reduce_(0, who, torch.where(kept, j, BLOCK), "amin")
+        compared = moved & (j <= first[who]).to(device)
+        s.cost[:, 0].index_add_(0, s.row[lane[at]], torch.ones_like(at))
+        s.asked.index_add_(0, s.row[lane], compared.to(s.asked.dtype))
+        hit = pace.advance(count, first)
+        took = (before + first)[hit].to(device)
         s.best[lane[took]], s.value[lane[took]] = new[took], margin[took]
-        over = q[:n] >= how.queries
-        over[hit] |= miss[took].cpu()
+        over = pace.query >= how.queries
+        over[: len(hit)][hit] |= miss[took].cpu()
         if bool(over.any()):
-            left = s.leave(over.nonzero().squeeze(1).to(lane.device)).cpu()
-            draws[: int(left[:n].sum())] = draws[:n][left[:n].to(lane.device)]
-            q, refused, drawn = q[left], refused[left], drawn[left]
-
-
-def _before(count: Tensor) -> Tensor:
-    """How many come before each: sums of what stands before."""
-    return count.cumsum(0) - count
+            pace.keep(s.leave(over.nonzero().squeeze(1).to(device)).cpu())
 
 
 def _proposals(s: Search, how: How, who: Tensor, u: Tensor, sides: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def test_the_gate_sends_on_what_is_near_or_cannot_be_told():
     def attack(step, rows):
         seen[step.label] = rows.tolist()
         if step.label == "screen":
-            return entry([1, 1, 0, 1, 1], [0.3, 0.1, 0.0, None, 0.25])
+            return entry([1, 1, 0, 1, 1], [0.3, 0.05, 0.0, None, 0.1])
         return entry([0] * len(rows)) if step.label == "fab" else entry([1] * len(rows))
 
     suite = config.build("suite", "autoattack-fast")
@@ -124,7 +124,7 @@ def test_behind_the_gate_attacks_and_draws_are_the_exact_suite_s():
     assert steps_of(fast)[1:] == steps_of(exact)
     assert steps_of(quick)[1:] == steps_of(exact)[:2]
     assert [s.attack.name for s in steps_of(alone)] == ["screen"]
-    assert (fast.near, fast.leading, fast.audit) == (0.25, 1, 60)
+    assert (fast.near, fast.leading, fast.audit) == (0.1, 1, 60)
     assert (quick.near, quick.audit, alone.audit) == (0.25, 0, 0)
     assert gate_of(exact) is None
     assert gate_of(alone) is None
