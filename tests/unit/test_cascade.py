@@ -125,7 +125,7 @@ def test_behind_the_gate_attacks_and_draws_are_the_exact_suite_s():
     assert steps_of(quick)[1:] == steps_of(exact)[:2]
     assert [s.attack.name for s in steps_of(alone)] == ["screen"]
     assert (fast.near, fast.leading, fast.audit) == (0.1, 1, 60)
-    assert (quick.near, quick.audit, alone.audit) == (0.25, 0, 0)
+    assert (quick.near, quick.audit, alone.audit) == (0.1, 0, 0)
     assert gate_of(exact) is None
     assert gate_of(alone) is None
     assert (Screen().steps, Screen().targets) == (40, 4)
