@@ -39,7 +39,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     """What a number may depend on besides its inputs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "python": platform.pythonversion(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "robustlab": robustlab.__version__,
         "pyautoattack": version("pyautoattack"),
