@@ -446,7 +446,8 @@ def evaluate_one(
         UserError: anything that does not fit, before the first pass.
     """
     from robustlab.evaluation import shards
-    from robustlab.evaluation.runner import evaluate, threats_of
+    from robustlab.evaluation.runner import evaluate
+    from robustlab.evaluation.threats import threats_of
     from robustlab.results.record import record_from, write_record
 
     where, world = torch_device(device), world or Alone()
@@ -694,7 +695,7 @@ def draw_corruptions(
     Raises:
         UserError: neither an image nor a data set, or both; a file that is no image; a suite without corruptions made here.
     """
-    from robustlab.evaluation.runner import enlarged
+    from robustlab.evaluation.corrupted import enlarged
     from robustlab.report.figures import corruption_grid
 
     if (image is None) == (data is None):

@@ -83,7 +83,7 @@ def compare(
         UserError: nothing to compare: a file with mistakes, different data sets or threat models, a suite without attacks, a folder
             with another comparison. Before the first step.
     """
-    from robustlab.evaluation.runner import threats_of
+    from robustlab.evaluation.threats import threats_of
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare: runs in one process; `robustlab train` and `evaluate` know torchrun")

@@ -29,15 +29,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from robustlab import config
 from robustlab.evaluation.prepare import prepare
-from robustlab.evaluation.runner import evaluate
 from robustlab.files import write_json
 from robustlab.models.checkpoint import load_model
 from robustlab.registry import entries
 from robustlab.types import Suite, Threat
-from scripts.parity_apgd import image_fields
-from scripts.parity_autoattack import our_suite, run_reference
+from scripts.both_sides import first_images, our_suite, run_ours, run_reference
 
 EPS = {"resnet": 1 / 255, "broken": 8 / 255, "cnn": 8 / 255}
 SUITES = {"fast": "autoattack-fast", "quick": "autoattack-quick", "screen": "screen"}
@@ -60,14 +57,11 @@ def bundled_resnet() -> nn.Module:
 
 def images(data: str, root: str | None, model: str | None, count: int) -> tuple[Tensor, Tensor]:
     """The first test images; ``root`` is an .npz file, or the folder of a data set by name."""
-    fields: dict[str, Any] = {} if model is None else dict(image_fields(data, model))
     if root is not None and root.endswith(".npz"):
-        data, fields = "npz", {"path": root, "num_classes": 10}
-    elif root is not None:
+        return first_images({"name": "npz", "path": root, "num_classes": 10}, model, count)
+    if root is not None:
         os.environ["ROBUSTLAB_DATA"] = root
-    test = config.build("dataset", data, **fields).load().test
-    x, y, _ = next(iter(test.batches([torch.arange(min(count, len(test)))])))
-    return x, y
+    return first_images(data, model, count)
 
 
 class Tuned(nn.Module):
@@ -94,12 +88,7 @@ def run_mode(mode: str, f: nn.Module, x: Tensor, y: Tensor, threat: Threat, args
         suite: str | Suite = SUITES[mode] if mode in SUITES else chosen(our_suite("standard", **budget), args.attacks)
         precision: Literal["fp32", "bf16"] = "bf16" if mode == "bf16" or (mode in SUITES and args.precision == "bf16") else "fp32"
         audit = {"audit": args.audit} if mode in SUITES else {}
-        result = evaluate(f, (x, y), suite, threat=threat, seed=seed, batch_size=args.batch_size, precision=precision, **audit)
-        assert result.robust is not None
-        names = {"attacked": "given", "broken": "kills"}
-        kept = ("forwards", "backwards", "seconds", "attacked", "broken")
-        run = {"clean": result.clean.int().tolist(), "robust": result.robust.int().tolist()}
-        run["components"] = {n: {names.get(k, k): row[k] for k in kept} for n, row in result.per_attack.items()}
+        run = run_ours(f, x, y, threat, suite, seed, args.batch_size, precision=precision, **audit)
     return {"seconds": time.perf_counter() - start, "load": load, **run}
 
 

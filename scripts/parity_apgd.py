@@ -10,7 +10,6 @@ the most that can be asked for. Exits with 1 when a goal is missed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import statistics
 import sys
@@ -23,11 +22,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from robustlab import config, registry
 from robustlab.attacks.apgd import APGD
-from robustlab.models.checkpoint import load_model, read_meta
-
-NAMES = {"linf": "Linf", "l2": "L2"}
+from robustlab.models.checkpoint import load_model
+from scripts.both_sides import NAMES, first_images
 
 
 @dataclass(frozen=True)
@@ -97,15 +94,6 @@ def describe(result: Parity) -> str:
     )
 
 
-def image_fields(data: str, model: str) -> dict[str, int]:
-    """The size and channels that a checkpoint was made for, where the data set comes in several."""
-    if not Path(model).exists():
-        return {}
-    channels, size, _ = read_meta(model)["image_shape"]
-    known = {field.name for field in dataclasses.fields(registry.lookup("dataset", data))}
-    return {name: value for name, value in (("size", size), ("channels", channels)) if name in known}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -113,15 +101,14 @@ def main() -> int:
     )
     parser.add_argument("--data", default="digits")
     parser.add_argument("--num-examples", type=int, default=500)
-    parser.add_argument("--norm", choices=NAMES, default="linf")
+    parser.add_argument("--norm", choices=["linf", "l2"], default="linf")
     parser.add_argument("--eps", type=float, default=0.1)
     parser.add_argument("--loss", choices=["ce", "dlr"], default="ce")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
 
     f = load_model(args.model)
-    test = config.build("dataset", args.data, **image_fields(args.data, args.model)).load().test
-    x, y, _ = next(iter(test.batches([torch.arange(min(args.num_examples, len(test)))])))
+    x, y = first_images(args.data, args.model, args.num_examples)
     result = compare(f, x, y, args.norm, args.eps, args.loss, range(args.seeds))
     print(
         f"APGD-{args.loss.upper()}, {args.norm} {args.eps:g}, {len(x)} images of {args.data}; robust accuracy for each seed, in %"

@@ -11,127 +11,24 @@ agreement on clean-correct samples at least that of the reference with itself mi
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
 import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from robustlab import config
-from robustlab.evaluation.counting import Counter
-from robustlab.evaluation.runner import evaluate
 from robustlab.files import write_json
 from robustlab.models.checkpoint import load_model
 from robustlab.nodes import parse
-from robustlab.types import Suite, Threat
-from scripts.parity_apgd import image_fields
-
-NAMES = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-SUITES = {"standard": "autoattack", "plus": "autoattack-plus", "rand": "autoattack-rand"}
-Run = dict[str, Any]  # clean, robust: (N,) lists of 0 and 1; components: {name: {given, forwards, backwards, seconds, kills}}
-
-
-def our_suite(version: str, steps: int = 100, queries: int = 5000) -> Suite:
-    """The suite of a version, its budgets cut if asked for."""
-    suite: Suite = config.build("suite", SUITES[version])
-    cut = {"steps": steps, "queries": queries}
-    attacks = (dataclasses.replace(a, **{k: v for k, v in cut.items() if hasattr(a, k)}) for a in suite.attacks)
-    return dataclasses.replace(suite, attacks=tuple(attacks))
-
-
-def run_ours(f: nn.Module, x: Tensor, y: Tensor, threat: Threat, suite: Suite, seed: int, batch_size: int) -> Run:
-    result = evaluate(f, (x, y), suite, threat=threat, seed=seed, batch_size=batch_size)
-    assert result.robust is not None
-    components = {}
-    for name, row in result.per_attack.items():
-        components[name] = {k: row[k] for k in ("forwards", "backwards", "seconds")}
-        components[name] |= {"given": row["attacked"], "kills": row["broken"]}
-    return {"clean": result.clean.int().tolist(), "robust": result.robust.int().tolist(), "components": components}
-
-
-def reference(f: Any, num_classes: int, threat: Threat, version: str, seed: int, steps: int = 100, queries: int = 5000) -> Any:
-    """The reference's own object, for any number of classes, its budgets cut if asked for."""
-    from pyautoattack import AutoAttack
-
-    run = AutoAttack(f, norm=NAMES[threat.norm], eps=threat.eps, seed=seed, version=version, device="cpu")
-    for apgd in (run.apgd, run.apgd_targeted):
-        apgd.n_iter = apgd.n_iter_orig = steps
-        apgd.n_iter_2, apgd.size_decr, apgd.n_iter_min = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
-    run.fab.n_iter, run.square.n_queries = steps, queries
-    for targeted in (run.apgd_targeted, run.fab):
-        targeted.n_target_classes = min(targeted.n_target_classes, num_classes - 1)
-    return run
-
-
-def reference_component(run: Any, name: str) -> Any:
-    """One attack of the reference, set as its own driver sets it."""
-    if name in ("apgd-ce", "apgd-dlr"):
-        run.apgd.loss = name.removeprefix("apgd-")
-        return run.apgd
-    if name in ("fab", "fab-t"):
-        run.fab.targeted = name == "fab-t"
-        run.fab.n_restarts = 1 if run.fab.targeted else run.fab.n_restarts
-        return run.fab
-    return {"apgd-t": run.apgd_targeted, "square": run.square}[name]
-
-
-def run_reference(
-    f: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: Threat,
-    version: str,
-    seed: int,
-    batch_size: int,
-    attacks: Sequence[str] = (),
-    **budget: int,
-) -> Run:
-    """The version's attacks, or those of the given names, one after the other."""
-    counter = Counter(f)
-    with torch.no_grad():
-        z = f(x)
-    run = reference(counter, z.shape[1], threat, version, seed, **budget)
-    clean = z.argmax(1) == y
-    alive, components = clean.clone(), {}
-    for name in attacks or run.attacks_to_run:
-        part = reference_component(run, name)
-        rows = alive.nonzero().squeeze(1)
-        counter.forwards = counter.backwards = 0
-        start = time.perf_counter()
-        with torch.random.fork_rng(devices=[]), without_gradients_kept(f):
-            for some in rows.split(batch_size):
-                if len(some):
-                    x_adv = part.perturb(x[some].clone(), y[some].clone())
-                    with torch.no_grad():
-                        alive[some] = f(x_adv).argmax(1) == y[some]
-        seconds = time.perf_counter() - start
-        components[name] = {
-            "given": len(rows),
-            "forwards": counter.forwards,
-            "backwards": counter.backwards,
-            "seconds": seconds,
-            "kills": len(rows) - int(alive.sum()),
-        }
-    return {"clean": clean.int().tolist(), "robust": alive.int().tolist(), "components": components}
-
-
-@contextlib.contextmanager
-def without_gradients_kept(f: nn.Module) -> Iterator[None]:
-    """The reference fills the weights' gradients; they go afterwards."""
-    try:
-        yield
-    finally:
-        f.zero_grad(set_to_none=True)
+from robustlab.types import Threat
+from scripts.both_sides import NAMES, SUITES, Run, first_images, our_suite, run_ours, run_reference
 
 
 def compare(ours: Sequence[Run], theirs: Sequence[Run]) -> dict[str, Any]:
@@ -202,10 +99,8 @@ def main() -> int:
     args = parser.parse_args()
 
     f = load_model(args.model).eval()
-    spec = parse(args.data, "--data").plain()
-    spec = {"name": spec, **image_fields(spec, args.model)} if isinstance(spec, str) else spec
-    test = config.build("dataset", spec).load().test
-    x, y, _ = next(iter(test.batches([torch.arange(min(args.num_examples, len(test)))])))
+    data = parse(args.data, "--data").plain()
+    x, y = first_images(data, args.model, args.num_examples)
     threat, budget = Threat(args.norm, args.eps), {"steps": args.steps, "queries": args.queries}
     setting = {k: v for k, v in vars(args).items() if k not in ("out", "seeds")} | {"threads": torch.get_num_threads()}
     stored: dict[str, Any] = {"setting": setting, "ours": [], "reference": []}
@@ -225,7 +120,7 @@ def main() -> int:
             stored["figures"] = compare(stored["ours"], stored["reference"]) if stored["reference"] else None
             if args.out:
                 write_json(args.out, stored)
-    figures, name = stored["figures"], spec["name"]
+    figures, name = stored["figures"], data if isinstance(data, str) else data["name"]
     print(f"AutoAttack {args.version}, {args.norm} {args.eps:g}, {len(x)} images of {name}, {args.seeds} seeds, {args.model}")
     print(describe(figures, stored["ours"], stored["reference"]))
     own = figures["own_agreement"]["reference"]

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustlab.evaluation.adversarial import Images
-from robustlab.evaluation.runner import _device, _dtype, trusted
+from robustlab.evaluation.judge import Judge, trusted
 from robustlab.evaluation.sources import open_source
 from robustlab.evaluation.statistics import Interval, wilson
-from robustlab.modes import bn_mode
 from robustlab.types import Classifier, Threat, UserError
 
 
@@ -112,9 +111,7 @@ def rescore(
     threat = threat or images.threat()
     if threat is None:
         raise UserError(f"{path}: names no threat model; give --norm and --eps")
-    where, dtype = _device(f, device), _dtype(f)
-    if device is not None and isinstance(f, nn.Module):
-        f.to(where)
+    judge = Judge(f, device)
     robust, clean = torch.zeros(len(images.x), dtype=torch.bool), torch.zeros(len(images.x), dtype=torch.bool)
     outside, reached, seen = 0, 0.0, 0
     for x, y in open_source(data).batches(batch_size, int(images.index[-1]) + 1):
@@ -124,10 +121,10 @@ def rescore(
         if len(pick) == 0:
             continue
         x, y = _fitting(path, images, rows, x[pick], y[pick], x_adv)
-        x, y, x_adv = x.to(where, dtype), y.to(where), x_adv.to(where, dtype)
+        x, x_adv, y = *(t.to(judge.device, judge.dtype) for t in (x, x_adv)), y.to(judge.device)
         x_adv, norm, out = trusted(x_adv, x, threat, str(path))
-        clean[rows] = _correct(f, x, y, where).cpu()
-        robust[rows] = clean[rows] & _correct(f, x_adv, y, where).cpu()
+        clean[rows] = judge.correct(x, y).cpu()
+        robust[rows] = clean[rows] & judge.correct(x_adv, y).cpu()
         outside, reached = outside + out, max(reached, norm)
     if seen <= int(images.index[-1]):
         raise UserError(f"{path}: holds an image of position {int(images.index[-1])}, and the data ends after {seen}")
@@ -146,10 +143,3 @@ def _fitting(path: str | Path, images: Images, rows: slice, x: Tensor, y: Tensor
         first = int((images.y[rows].long() != y).nonzero()[0]) + rows.start
         raise UserError(f"{path}: the label of image {int(images.index[first])} is not the data's; another data set or split?")
     return x, y
-
-
-@torch.no_grad()
-def _correct(f: Classifier, x: Tensor, y: Tensor, device: torch.device) -> Tensor:
-    with torch.autocast(device.type, enabled=False), bn_mode(f, "eval"):
-        z = f(x)
-    return (z.argmax(1) == y) & ~z.isnan().any(1)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustlab.evaluation.audit import PREFIX, recount
+from robustlab.evaluation.judge import dtype_of
 from robustlab.evaluation.ledger import encoded, first_difference, read, threat_name
 from robustlab.evaluation.reliability.report import IMAGES, SHARE, examine
 from robustlab.evaluation.result import Result, Tally, assemble
 from robustlab.evaluation.sources import open_source
 from robustlab.files import atomic_write, exclusive
-from robustlab.modes import unwrap
 from robustlab.types import Classifier, Threat, UserError
 
 LEDGER = "ledger.jsonl"
@@ -47,6 +47,13 @@ def check_shard(shard: Shard, size: int | None, batch_size: int) -> None:
 def mine(batch: int, shard: Shard | None) -> bool:
     """Whether a batch is the shard's."""
     return shard is None or batch % shard[1] == shard[0] - 1
+
+
+def share(shard: Shard | None, size: int | None, batch_size: int) -> int | None:
+    """How many of the images are a shard's; None if it is not known how many there are."""
+    if shard is None or size is None:
+        return size
+    return sum(min(batch_size, size - first) for b, first in enumerate(range(0, size, batch_size)) if mine(b, shard))
 
 
 def merge(paths: Sequence[Path]) -> tuple[dict[str, Any], Entries]:
@@ -150,9 +157,7 @@ def reliability(f: Classifier, data: Any, result: Result, device: torch.device) 
     """The reliability report that a single run makes, for a merged result; None without attacks."""
     if not result.threats:
         return None
-    module = unwrap(f)
-    found = {p.dtype for p in module.parameters()} if isinstance(module, nn.Module) else set()
-    dtype = torch.float64 if torch.float64 in found else torch.float32
+    dtype = dtype_of(f)
     images, labels, first = list[Tensor](), list[Tensor](), 0
     for x, y in open_source(data).batches(result.batch_size, result.n):
         rows = result.clean[first : first + len(x)].nonzero().squeeze(1)[: IMAGES - sum(map(len, labels))]

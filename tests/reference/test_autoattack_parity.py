@@ -17,7 +17,8 @@ from robustlab.attacks.fab import FAB
 from robustlab.attacks.pgd import PGD
 from robustlab.rng import Rng
 from robustlab.types import Threat, one_hot
-from scripts.parity_autoattack import compare, our_suite, reference, reference_component, run_ours, run_reference
+from scripts.both_sides import our_suite, reference, reference_component, run_ours, run_reference
+from scripts.parity_autoattack import compare
 
 EPS = {"linf": 0.12, "l2": 0.7, "l1": 2.0}
 COMPONENTS = {"apgd-ce": 0, "apgd-t": 1, "fab-t": 2, "square": 3}  # their places in the suite

@@ -13,9 +13,10 @@ from torch import nn
 
 from robustlab.config import load_suite
 from robustlab.evaluation.calibration import calibration
+from robustlab.evaluation.corrupted import enlarged
 from robustlab.evaluation.corruption_scores import BASELINES, mce
 from robustlab.evaluation.rederive import rederive
-from robustlab.evaluation.runner import enlarged, evaluate
+from robustlab.evaluation.runner import evaluate
 from robustlab.results.leaderboard import add, build, sections
 from robustlab.results.record import record_from, write_record
 from robustlab.types import UserError

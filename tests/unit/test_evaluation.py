@@ -15,7 +15,8 @@ from robustlab import geometry
 from robustlab.evaluation.cascade import unique
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.ledger import Ledger, read
-from robustlab.evaluation.runner import evaluate, threats_of
+from robustlab.evaluation.runner import evaluate
+from robustlab.evaluation.threats import threats_of
 from robustlab.losses import cross_entropy
 from robustlab.types import Attack, Corruption, Splits, Suite, Threat, UserError
 

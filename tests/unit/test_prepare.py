@@ -266,7 +266,7 @@ def test_a_false_success_saves_no_sample(tmp_path, monkeypatch):
     assert line["unverified"] == 2
     assert line["forwards"] == 7 * 4 + 2 * 4 + 7, "both runs, and a look at what float32 calls robust"
     monkeypatch.setattr(
-        "robustlab.evaluation.runner._Run._false_successes", lambda self, f, c, x, y, z: (torch.zeros(0).long(),) * 2
+        "robustlab.evaluation.search.Search._false_successes", lambda self, f, c, x, y, z: (torch.zeros(0).long(),) * 2
     )
     blind = evaluate(f, (x, y), suite, threat=threat, precision="bf16")
     assert bool(blind.robust[4]), "without the second run the sample would pass for robust"
