@@ -12,8 +12,9 @@ Rows: ``bare`` is the least work that the method needs, straight-line, with froz
 authors' own code, run from a checkout: their attack, loss and weight perturbation, in the order of their training loop, with what
 it logs; ``mair`` the MAIR library, installed or from a checkout. Without a checkout of Rice et al.'s PGD-AT, ``rice`` is the same
 work in straight lines: weights keep collecting gradients during the attack, one more forward pass compares restarts, one is for
-the log. MAIR always attacks in eval mode, which is cheaper than train mode; PGD-AT's goal against it is therefore
-for ``ours eval``, our step with ``attack_bn: eval``, which does the same work. The networks normalise by themselves; what the public code does for that is left out.
+the log. MAIR always attacks in eval mode, which is cheaper than train mode; PGD-AT's goal against it is therefore for
+``ours eval``, our step with ``attack_bn: eval``, which does the same work. The networks normalise by themselves; what the public
+code does for that is left out.
 
 The contestants of a method run in turn within a round, in an order that rotates; a ratio is taken within each round, its median
 and quartiles over the rounds are printed. Our bf16 step is an extra row. Exits with 1 when a median misses its goal.
@@ -66,7 +67,7 @@ def sgd(f: nn.Module) -> torch.optim.Optimizer:
 
 def ours(name: str, f: nn.Module, x: Tensor, labels: Tensor, precision: str = "fp32", **fields: Any) -> Step:
     trainer = with_threat(build("trainer", {"name": name, **fields}), Threat("linf", EPS))
-    outer = Outer(f, trainer, context_of(f, 10, len(x), tuple(x.shape[1:])), precision)
+    outer = Outer(f, trainer, context_of(f, 10, len(x), (3, 32, 32)), precision)
     optimizer, y, key = sgd(f), one_hot(labels, 10), torch.arange(len(x), device=x.device)
     return lambda: train_step(outer, [{"clean": View(x=x, y=y, key=key)}], trainer, optimizer, Rng(0))
 
@@ -329,7 +330,8 @@ def seconds(step: Step, device: str) -> float:
 
 def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one round that does not count."""
-    names, times = list(steps), {name: [] for name in steps}
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for r in range(rounds + 1):
         shift = r % len(names)
         for name in names[shift:] + names[:shift]:
