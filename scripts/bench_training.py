@@ -1,28 +1,40 @@
 """Our training step beside the public code's: PGD-AT, TRADES and AWP on the same network and batch.
 
     python scripts/bench_training.py                      preact_resnet18, batch 16, fp32, 7 rounds
-    python scripts/bench_training.py --checkouts DIR      with public code: DIR/TRADES, DIR/AWP, DIR/MAIR, as published
+    python scripts/bench_training.py --checkouts DIR      with public code: DIR/RICE, DIR/TRADES, DIR/AWP, DIR/MAIR, as published
+    python scripts/bench_training.py --device cuda --batch-size 128 --json times.json
     python scripts/bench_training.py --rounds 1 --model small_cnn
 
-Rows: ``bare`` is the least work that the method needs, straight-line, with frozen weights during the attack; ``rice`` the steps of
-Rice et al.'s PGD-AT as they publish them: weights keep collecting gradients during the attack, one more forward pass compares
-restarts, one is for the log; ``official`` is the authors' own code, ``mair`` the MAIR library, both run from a checkout and left
-out without one. The contestants of a method run in turn within a round, in an order that rotates; a ratio is taken within each
-round, its median and quartiles over the rounds are printed. Our bf16 step is an extra row. Exits with 1 when a median misses its
-goal.
+    RICE    github.com/locuslab/robust_overfitting        TRADES  github.com/yaodongyu/TRADES
+    AWP     github.com/csdongxian/AWP                     MAIR    github.com/Harry24k/MAIR
+
+Rows: ``bare`` is the least work that the method needs, straight-line, with frozen weights during the attack; ``official`` the
+authors' own code, run from a checkout: their attack, loss and weight perturbation, in the order of their training loop, with what
+it logs; ``mair`` the MAIR library, installed or from a checkout. Without a checkout of Rice et al.'s PGD-AT, ``rice`` is the same
+work in straight lines: weights keep collecting gradients during the attack, one more forward pass compares restarts, one is for
+the log. MAIR always attacks in eval mode, which is cheaper than train mode; PGD-AT's goal against it is therefore for
+``ours eval``, our step with ``attack_bn: eval``, which does the same work. The networks normalise by themselves; what the public
+code does for that is left out.
+
+The contestants of a method run in turn within a round, in an order that rotates; a ratio is taken within each round, its median
+and quartiles over the rounds are printed. Our bf16 step is an extra row. Exits with 1 when a median misses its goal.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import contextlib
 import copy
+import json
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +52,9 @@ from robustlab.types import Threat, View, one_hot, with_threat
 
 EPS, STEP, STEPS, BETA, GAMMA = 8 / 255, 2 / 255, 10, 6.0, 0.01
 GOALS = {
-    "pgd-at": {"bare": 1.05, "rice": 0.75, "mair": 1.02},
-    "trades": {"bare": 1.05, "official": 0.80, "mair": 1.02},
-    "awp": {"bare": 1.05, "official": 0.75, "mair": 0.75},
+    "pgd-at": {("ours", "bare"): 1.05, ("ours", "rice"): 0.75, ("ours", "official"): 0.75, ("ours eval", "mair"): 1.02},
+    "trades": {("ours", "bare"): 1.05, ("ours", "official"): 0.80, ("ours", "mair"): 1.02},
+    "awp": {("ours", "bare"): 1.05, ("ours", "official"): 0.75, ("ours", "mair"): 0.75},
 }
 # forward passes, input gradients, weight gradients of a batch that the row "bare" makes
 BARE = {"pgd-at": (11, 10, 1), "trades": (13, 10, 2), "awp": (12, 10, 2)}
@@ -53,9 +65,9 @@ def sgd(f: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(f.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
-def ours(name: str, f: nn.Module, x: Tensor, labels: Tensor, precision: str) -> Step:
-    trainer = with_threat(build("trainer", name), Threat("linf", EPS))
-    outer = Outer(f, trainer, context_of(f, 10, len(x), tuple(x.shape[1:])), precision)
+def ours(name: str, f: nn.Module, x: Tensor, labels: Tensor, precision: str = "fp32", **fields: Any) -> Step:
+    trainer = with_threat(build("trainer", {"name": name, **fields}), Threat("linf", EPS))
+    outer = Outer(f, trainer, context_of(f, 10, len(x), (3, 32, 32)), precision)
     optimizer, y, key = sgd(f), one_hot(labels, 10), torch.arange(len(x), device=x.device)
     return lambda: train_step(outer, [{"clean": View(x=x, y=y, key=key)}], trainer, optimizer, Rng(0))
 
@@ -98,7 +110,7 @@ def bare(name: str, f: nn.Module, x: Tensor, labels: Tensor) -> Step:
             saved = [w.detach().clone() for w in weights]
             with torch.no_grad():
                 for w, g in zip(weights, grads, strict=True):
-                    w.add_(g, alpha=float(GAMMA * w.norm() / g.norm().clamp_min(1e-20)))
+                    w.addcmul_(g, GAMMA * w.norm() / g.norm().clamp_min(1e-20))
         optimizer.zero_grad()
         loss(x_adv).backward()
         if name == "awp":
@@ -121,21 +133,7 @@ def rice_attack(f: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         delta.data = (x + d).clamp(0, 1) - x
         delta.grad.zero_()
     f(x + delta)
-    return (x + delta.detach()).clamp(0, 1)
-
-
-def rice(f: nn.Module, x: Tensor, labels: Tensor) -> Step:
-    optimizer = sgd(f)
-
-    def step() -> None:
-        x_adv = rice_attack(f.train(), x, labels)
-        loss = F.cross_entropy(f(x_adv), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        F.cross_entropy(f(x), labels)  # for the log, with a graph
-
-    return step
+    return delta.detach()
 
 
 # --------------------------------------------------------------------------------------------------------- public code
@@ -155,50 +153,120 @@ def load(path: Path, name: str) -> Any:
     return module
 
 
-def official_trades(module: Any, f: nn.Module, x: Tensor, labels: Tensor) -> Step:
-    optimizer, cuda = sgd(f), torch.Tensor.cuda
+def attack_of(path: Path) -> Callable[..., Tensor] | None:
+    """The function ``attack_pgd`` of a training script, which cannot be imported: it asks for a GPU and a data set at once."""
+    if not path.is_file():
+        return None
+    tree = ast.parse(path.read_text(), str(path))
+    tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in ("attack_pgd", "clamp")]
+    space = {"torch": torch, "nn": nn, "F": F, "lower_limit": 0, "upper_limit": 1, "normalize": lambda images: images}
+    exec(compile(tree, str(path), "exec"), space)
+    return space["attack_pgd"]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def at_home(x: Tensor) -> Iterator[None]:
+    """Public code moves what it makes to a GPU, unasked; it stays on the CPU inside, where ``x`` is."""
+    cuda = torch.Tensor.cuda
+    if not x.is_cuda:
+        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.cuda = cuda  # type: ignore[method-assign]
+
+
+def log(f: nn.Module, x: Tensor, labels: Tensor, z_adv: Tensor, loss_adv: Tensor) -> None:
+    """What the training loops of Rice et al. and of AWP note after each update; the clean pass has a graph, as theirs."""
+    z = f(x)
+    loss = F.cross_entropy(z, labels)
+    for logits, value in ((z_adv, loss_adv), (z, loss)):
+        value.item()
+        (logits.max(1)[1] == labels).sum().item()
+
+
+def official_pgd(attack: Callable[..., Tensor], f: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """Their attack in the order of their training script."""
+    optimizer = sgd(f)
 
     def step() -> None:
-        if not x.is_cuda:  # their noise is moved to a GPU, unasked
-            torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
-        try:
+        f.train()
+        with at_home(x):
+            delta = attack(f, x, labels, EPS, STEP, STEPS, 1, "l_inf").detach()
+        z = f((x + delta).clamp(0, 1))
+        loss = F.cross_entropy(z, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log(f, x, labels, z, loss)
+
+    return step
+
+
+def official_trades(module: Any, f: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    optimizer = sgd(f)
+
+    def step() -> None:
+        f.train()
+        optimizer.zero_grad()
+        with at_home(x):
             loss = module.trades_loss(f, x, labels, optimizer, step_size=STEP, epsilon=EPS, perturb_steps=STEPS, beta=BETA)
-        finally:
-            torch.Tensor.cuda = cuda  # type: ignore[method-assign]
         loss.backward()
         optimizer.step()
 
     return step
 
 
-def official_awp(module: Any, f: nn.Module, x: Tensor, labels: Tensor) -> Step:
-    """Their weight perturbation in the order of their training script, whose attack is Rice's."""
+def official_awp(module: Any, attack: Callable[..., Tensor], f: nn.Module, x: Tensor, labels: Tensor) -> Step:
+    """Their attack and weight perturbation in the order of their training script."""
     optimizer, proxy = sgd(f), copy.deepcopy(f)
     adversary = module.AdvWeightPerturb(model=f, proxy=proxy, proxy_optim=torch.optim.SGD(proxy.parameters(), lr=0.01), gamma=GAMMA)
 
     def step() -> None:
-        x_adv = rice_attack(f.train(), x, labels)
+        f.train()
+        with at_home(x):
+            delta = attack(f, x, labels, EPS, STEP, STEPS, 1, "l_inf").detach()
+        x_adv = (x + delta).clamp(0, 1)
         diff = adversary.calc_awp(inputs_adv=x_adv, targets=labels)
         adversary.perturb(diff)
-        loss = F.cross_entropy(f(x_adv), labels)
+        z = f(x_adv)
+        loss = F.cross_entropy(z, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         adversary.restore(diff)
-        F.cross_entropy(f(x), labels)
+        log(f, x, labels, z, loss)
 
     return step
 
 
-def mair(folder: Path | None, name: str, f: nn.Module, x: Tensor, labels: Tensor) -> Step | None:
-    """MAIR, installed or from a checkout; None where it cannot be imported."""
-    if folder is not None:
+def mair_library(folder: Path | None) -> Any:
+    """MAIR, from a checkout or installed; None where it cannot be imported.
+
+    Its tables, pictures and data sets need packages that its training step does not: those that are absent are stood in for
+    while it is imported.
+    """
+    if folder is not None and folder.is_dir() and str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+    absent: list[str] = []
     try:
-        import mair as library
-    except ImportError as error:
-        print(f"  mair left out: {error}")
-        return None
+        while True:
+            try:
+                import mair
+
+                return mair
+            except ModuleNotFoundError as error:
+                if error.name is None or error.name in absent or error.name.split(".")[0] in ("mair", "torch", "numpy"):
+                    print(f"  mair left out: {error}")
+                    return None
+                absent.append(error.name)
+                sys.modules[error.name] = MagicMock()
+    finally:
+        for name in absent:
+            del sys.modules[name]
+
+
+def mair(library: Any, name: str, f: nn.Module, x: Tensor, labels: Tensor) -> Step:
     model = library.RobModel(f, n_classes=10)
     if name == "trades":
         trainer = library.TRADES(model, eps=EPS, alpha=STEP, steps=STEPS, beta=BETA)
@@ -215,25 +283,38 @@ def mair(folder: Path | None, name: str, f: nn.Module, x: Tensor, labels: Tensor
     return step
 
 
+def official(name: str, new: Callable[[], nn.Module], x: Tensor, labels: Tensor, folder: Path) -> Step | None:
+    """The authors' code, or None without a checkout of it."""
+    if name == "trades":
+        module = load(folder / "TRADES/trades.py", "official_trades")
+        return module and official_trades(module, new(), x, labels)
+    attack = attack_of(folder / ("RICE/train_cifar.py" if name == "pgd-at" else "AWP/AT_AWP/train_cifar10.py"))
+    if attack is None or name == "pgd-at":
+        return attack and official_pgd(attack, new(), x, labels)
+    module = load(folder / "AWP/AT_AWP/utils_awp.py", "official_awp")
+    return module and official_awp(module, attack, new(), x, labels)
+
+
 def contestants(name: str, f: nn.Module, x: Tensor, labels: Tensor, folder: Path | None) -> dict[str, Step]:
     """Every row of a method, each with its own copy of the network."""
 
     def new() -> nn.Module:
         return copy.deepcopy(f).train()
 
-    rows: dict[str, Step | None] = {
-        "ours": ours(name, new(), x, labels, "fp32"),
+    rows = {
+        "ours": ours(name, new(), x, labels),
         "ours bf16": ours(name, new(), x, labels, "bf16"),
         "bare": bare(name, new(), x, labels),
     }
-    if name == "pgd-at":
-        rows["rice"] = rice(new(), x, labels)
-    if folder is not None and name == "trades" and (module := load(folder / "TRADES/trades.py", "official_trades")):
-        rows["official"] = official_trades(module, new(), x, labels)
-    if folder is not None and name == "awp" and (module := load(folder / "AWP/AT_AWP/utils_awp.py", "official_awp")):
-        rows["official"] = official_awp(module, new(), x, labels)
-    rows["mair"] = mair(folder and folder / "MAIR", name, new(), x, labels)
-    return {row: step for row, step in rows.items() if step is not None}
+    if folder is not None and (step := official(name, new, x, labels, folder)):
+        rows["official"] = step
+    elif name == "pgd-at":
+        rows["rice"] = official_pgd(lambda f, x, labels, *_: rice_attack(f, x, labels), new(), x, labels)
+    if (library := mair_library(folder and folder / "MAIR")) is not None:
+        rows["mair"] = mair(library, name, new(), x, labels)
+        if ("ours eval", "mair") in GOALS[name]:
+            rows["ours eval"] = ours(name, new(), x, labels, attack_bn="eval")
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
@@ -242,14 +323,15 @@ def contestants(name: str, f: nn.Module, x: Tensor, labels: Tensor, folder: Path
 def seconds(step: Step, device: str) -> float:
     start = time.perf_counter()
     step()
-    if device.startswith("cuda"):
+    if device != "cpu":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one round that does not count."""
-    names, times = list(steps), {name: [] for name in steps}
+    names = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for r in range(rounds + 1):
         shift = r % len(names)
         for name in names[shift:] + names[:shift]:
@@ -259,22 +341,33 @@ def measure(steps: dict[str, Step], rounds: int, device: str) -> dict[str, list[
     return times
 
 
-def report(name: str, times: dict[str, list[float]]) -> bool:
-    """Print the times and ratios; whether all goals are met."""
-    forwards, inputs, weights = BARE[name]
-    print(f"{name}: bare is {forwards} forwards, {inputs} input gradients, {weights} weight gradients")
-    met = True
+def ratios(name: str, times: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Each of our fp32 rows over each other row: median and quartiles over the rounds, with the goal where there is one."""
+    out = []
+    for over in times:
+        for mine in ("ours", "ours eval"):
+            goal = GOALS[name].get((mine, over))
+            if over == mine or (mine == "ours eval" and goal is None):
+                continue
+            each = [a / b for a, b in zip(times[mine], times[over], strict=True)]
+            low, middle, high = statistics.quantiles(each, n=4, method="inclusive") if len(each) > 1 else each * 3
+            met = None if goal is None else middle <= goal
+            out.append({"ours": mine, "over": over, "median": middle, "quartiles": [low, high], "goal": goal, "met": met})
+    return out
+
+
+def report(name: str, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Print the times and ratios of a method, and return them."""
+    counted = dict(zip(("forwards", "input gradients", "weight gradients"), BARE[name], strict=True))
+    print(f"{name}: bare is {', '.join(f'{n} {what}' for what, n in counted.items())}")
     for row, t in times.items():
-        line = f"  {row:<10} {1000 * statistics.median(t):9.1f} ms"
-        if row != "ours":
-            ratios = [a / b for a, b in zip(times["ours"], t, strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
-            line += f"   ours / {row:<10} {middle:.3f}  quartiles {low:.3f} .. {high:.3f}"
-            if row in GOALS[name]:
-                line += f"  goal {GOALS[name][row]:.2f}  {'met' if middle <= GOALS[name][row] else 'MISSED'}"
-                met &= middle <= GOALS[name][row]
-        print(line)
-    return met
+        print(f"  {row:<10} {1000 * statistics.median(t):9.1f} ms")
+    found = ratios(name, times)
+    for r in found:
+        goal = "" if r["goal"] is None else f"  goal {r['goal']:.2f}  {'met' if r['met'] else 'MISSED'}"
+        low, high = r["quartiles"]
+        print(f"  {r['ours']:>9} / {r['over']:<10} {r['median']:.3f}  quartiles {low:.3f} .. {high:.3f}{goal}", flush=True)
+    return {"seconds": times, "bare": counted, "ratios": found}
 
 
 def main() -> int:
@@ -283,23 +376,31 @@ def main() -> int:
     parser.add_argument("--model", default="preact_resnet18")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--method", choices=GOALS, action="append", help="may be repeated; default: all")
-    parser.add_argument("--checkouts", type=Path, help="folder with TRADES, AWP, MAIR as their authors publish them")
+    parser.add_argument("--checkouts", type=Path, help="folder with RICE, TRADES, AWP, MAIR as their authors publish them")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write settings, seconds and ratios there")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
     warnings.filterwarnings("ignore")
     torch.set_num_threads(args.threads)
+    setting = {"model": args.model, "batch": args.batch_size, "precision": "fp32", "device": args.device, "threads": args.threads}
+    setting |= {"torch": torch.__version__, "rounds": args.rounds}
+    if args.device != "cpu":
+        torch.cuda.set_device(torch.device(args.device).index or 0)  # public code moves its tensors to the current one
+        setting |= {"gpu": torch.cuda.get_device_name(), "tf32 convolutions": torch.backends.cudnn.allow_tf32}
     torch.manual_seed(0)
     f = create_model(args.model, num_classes=10).to(args.device)
     x = torch.rand(args.batch_size, 3, 32, 32).to(args.device)
     labels = torch.randint(10, (len(x),)).to(args.device)
-    print(f"{args.model}, batch {len(x)}, fp32, {args.device}, {args.threads} threads, torch {torch.__version__}")
-    met = True
+    print(", ".join(f"{k} {v}" for k, v in setting.items()), flush=True)
+    methods = {}
     for name in args.method or GOALS:
-        met &= report(name, measure(contestants(name, f, x, labels, args.checkouts), args.rounds, args.device))
-    return 0 if met else 1
+        methods[name] = report(name, measure(contestants(name, f, x, labels, args.checkouts), args.rounds, args.device))
+    if args.json is not None:
+        args.json.write_text(json.dumps({"setting": setting, "methods": methods}, indent=1) + "\n")
+    return 0 if all(r["met"] is not False for m in methods.values() for r in m["ratios"]) else 1
 
 
 if __name__ == "__main__":
