@@ -65,6 +65,30 @@ def bn_mode(f: Any, mode: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 inside: on a GPU float32 products and convolutions keep their 24 bits, where torch's default leaves convolutions 11.
+
+    The switches are global; they are as before afterwards.
+    """
+    backends = torch.backends
+    if not torch.cuda.is_available():
+        yield
+        return
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9; here the older switch refuses to be read once these have been used
+        switches, name, off = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul), "fp32_precision", "ieee"
+    else:
+        switches, name, off = (backends.cudnn, backends.cuda.matmul), "allow_tf32", False
+    saved = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, off)
+        yield
+    finally:
+        for switch, value in zip(switches, saved, strict=True):
+            setattr(switch, name, value)
+
+
+@contextlib.contextmanager
 def ambient(seed: int) -> Iterator[None]:
     """The global generators (dropout, drop path) start from ``seed`` inside, and go on outside as if nothing had happened."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

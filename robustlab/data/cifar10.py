@@ -1,7 +1,7 @@
 """CIFAR-10: 32 x 32 colour photographs of 10 classes, 50,000 for training and 10,000 for testing.
 
 The published files are pickles; torchvision compares their MD5 with the published one before it reads them.
-A copy in one ``.npz`` file (``x_train y_train x_test y_test``, or the images as JPEG files: see ``npz``) will do: it is the root then.
+The root may also be one ``.npz`` file with a copy: ``x_train y_train x_test y_test``, or the images as JPEG files (see ``npz``).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from robustlab.evaluation.adversarial import Images
 from robustlab.evaluation.runner import _device, _dtype, trusted
 from robustlab.evaluation.sources import open_source
 from robustlab.evaluation.statistics import Interval, wilson
-from robustlab.modes import bn_mode
+from robustlab.modes import bn_mode, full_precision
 from robustlab.types import Classifier, Threat, UserError
 
 
@@ -150,6 +150,6 @@ def _fitting(path: str | Path, images: Images, rows: slice, x: Tensor, y: Tensor
 
 @torch.no_grad()
 def _correct(f: Classifier, x: Tensor, y: Tensor, device: torch.device) -> Tensor:
-    with torch.autocast(device.type, enabled=False), bn_mode(f, "eval"):
+    with torch.autocast(device.type, enabled=False), full_precision(), bn_mode(f, "eval"):
         z = f(x)
     return (z.argmax(1) == y) & ~z.isnan().any(1)
