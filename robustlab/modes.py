@@ -70,14 +70,10 @@ def full_precision() -> Iterator[None]:
 
     The switches are global; they are as before afterwards.
     """
-    backends = torch.backends
     if not torch.cuda.is_available():
         yield
         return
-    if hasattr(backends.cudnn, "conv"):  # since torch 2.9; here the older switch refuses to be read once these have been used
-        switches, name, off = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul), "fp32_precision", "ieee"
-    else:
-        switches, name, off = (backends.cudnn, backends.cuda.matmul), "allow_tf32", False
+    switches, name, _, off = _precision_switches()
     saved = [getattr(switch, name) for switch in switches]
     try:
         for switch in switches:
@@ -86,6 +82,20 @@ def full_precision() -> Iterator[None]:
     finally:
         for switch, value in zip(switches, saved, strict=True):
             setattr(switch, name, value)
+
+
+def tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions or products may be computed in TF32 there, as things stand."""
+    switches, name, on, _ = _precision_switches()
+    return device.type == "cuda" and any(getattr(switch, name) == on for switch in switches)
+
+
+def _precision_switches() -> tuple[tuple[Any, ...], str, Any, Any]:
+    """The switches of TF32, the attribute of each, and its values for on and off."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9; the older ones refuse to be read once these have been used
+        return (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul), "fp32_precision", "tf32", "ieee"
+    return (backends.cudnn, backends.cuda.matmul), "allow_tf32", True, False
 
 
 @contextlib.contextmanager

@@ -39,7 +39,6 @@ from robustlab.training.trackers import open_trackers
 from robustlab.types import Splits, Trainer, UserError, View, Views, World, one_hot, with_threat
 
 TICKETS_PER_EPOCH = 2**40
-LOOK_EVERY = 20  # steps between two looks at the losses on a GPU, for each of which it runs dry
 UNWATCHED = {"best": 0.0, "rolled_back": ""}  # of the guard against catastrophic overfitting
 
 # fields of a configuration that may change between a run and its resumption
@@ -325,6 +324,11 @@ def with_replacement(rng: Rng, count: int) -> Tensor:
     return ((u[:, 0] + u[:, 1] * 2.0**-24) * count).long()
 
 
+def looks_after(device: torch.device) -> int:
+    """Steps between two looks at the losses: a GPU runs dry for each."""
+    return 1 if device.type == "cpu" else 20
+
+
 def run_epoch(
     config: Config,
     trainer: Trainer,
@@ -342,7 +346,7 @@ def run_epoch(
     batches = loader(splits, plan, rng, epoch, device, t.channels_last)
     sums: dict[str, Tensor] = {}
     lr, recent = 0.0, list[tuple[int, Tensor]]()
-    patience = 1 if device.type == "cpu" else LOOK_EVERY
+    patience = looks_after(device)
     for s in range(plan.steps):
         micro = [next(batches) for _ in range(plan.accumulation)]
         number = epoch * plan.steps + s
