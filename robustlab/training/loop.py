@@ -135,7 +135,8 @@ def fit(
             if verdict.act is Act.CONTINUE and (last or not (epoch + 1) % t.probe.every or not (epoch + 1) % t.checkpoint_every):
                 refresh_average(config, method, outer, splits, plan, rng.child("refresh"), epoch, device)
             if verdict.act is Act.CONTINUE and (last or (epoch + 1) % t.probe.every == 0):
-                metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
+                with eager(config):
+                    metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
                 verdict = above_chance(metrics["val_clean"], splits.num_classes, epoch, t.guards.collapse)
             event |= {k: v for k, v in metrics.items() if metrics.get("epoch") == epoch + 1}
             improved = metrics.get("epoch") == epoch + 1 and score(metrics) > score(best)
@@ -164,13 +165,19 @@ def fit(
     return Outcome(epoch, metrics, best, verdict.reason, watched["rolled_back"], start if resume and start else None)
 
 
+def eager(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """A compiled model runs as it is inside: a few looks do not pay for compiling its other modes and batch sizes."""
+    return torch.compiler.set_stance("force_eager") if config.training.compile else contextlib.nullcontext()
+
+
 def guard_epoch(config: Config, outer: Outer, hooks: Hooks, epoch: int, watched: dict[str, Any], event: dict[str, Any]) -> Verdict:
     """What the guards say after an epoch. ``watched`` keeps the best accuracy seen, ``event`` takes the present one."""
     guards = config.training.guards
     verdict = finite_weights(outer, epoch) if guards.nan else FINE
     if guards.overfitting is None or verdict.act is not Act.CONTINUE:
         return verdict
-    now = event["train_robust"] = hooks.watch(outer.f)
+    with eager(config):
+        now = event["train_robust"] = hooks.watch(outer.f)
     rule = guards.overfitting
     verdict = catastrophic_overfitting(now, watched["best"], rule.drop, epoch, rule.act, bool(watched["rolled_back"]))
     watched["best"] = max(watched["best"], now)
