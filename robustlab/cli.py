@@ -28,7 +28,7 @@ app.add_typer(board, name="leaderboard")
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key: --set training.epochs=20")]
 Out = Annotated[Path | None, typer.Option(help="Folder to write into.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on where the folder stands.")]
-DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets' files.")]
+DataRoot = Annotated[Path | None, typer.Option(help="Folder of the data sets' files; for cifar10 also one .npz file.")]
 
 # ----------------------------------------------------------------------------------------------------------- training
 

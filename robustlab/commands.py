@@ -267,7 +267,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     device = torch_device(config.training.device)
     config, splits, f = prepare(config)
     t = config.training
-    f = f.to(device)
+    f = f.to(device, memory_format=torch.channels_last if t.channels_last else torch.preserve_format)
     check_shards(config.trainer, t.accumulation)
     plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
@@ -275,7 +275,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     outer = Outer(f, trainer, ctx, t.precision).to(device)
     optimizer = config.optimizer.build(outer.parameters())
     rng = Rng(config.seed)
-    batches = loader(splits, plan, rng, 0, device)
+    batches = loader(splits, plan, rng, 0, device, t.channels_last)
     forwards = backwards = rows = 0
 
     def forward_hook(module: nn.Module, args: Any, out: Tensor) -> None:
@@ -296,7 +296,8 @@ def dry_run(config: Config) -> dict[str, Any]:
         counted = step == min(1, plan.steps - 1)  # a first step may pay for more: a fit, for example
         handle = f.register_forward_hook(forward_hook) if counted else None
         begun = time.perf_counter()
-        train_step(outer, micro, trainer, optimizer, rng.child("step"), clip_grad=t.clip_grad)
+        terms = train_step(outer, micro, trainer, optimizer, rng.child("step"), clip_grad=t.clip_grad)
+        float(terms["loss"])  # a GPU has finished now
         times.append(time.perf_counter() - begun)
         if handle is not None:
             handle.remove()

@@ -62,9 +62,14 @@ def in_chunks(call: Callable[[Any, Tensor, int, Rng], Tensor]) -> Callable[[Any,
     return chunked
 
 
+def over_255(levels: Tensor) -> Tensor:
+    """Levels 0 .. 255, floating point, as values in [0, 1]; in place. On a GPU too: for a plain number it multiplies by 1 / 255."""
+    return levels.div_(torch.full((), 255, dtype=levels.dtype, device=levels.device))
+
+
 def quantize(x: Tensor) -> Tensor:
     """Clip to [0, 1] and truncate to the levels 0/255 .. 255/255."""
-    return x.clamp(0.0, 1.0).mul_(255).add_(LEVEL_SLACK).floor_().div_(255)
+    return over_255(x.clamp(0.0, 1.0).mul_(255).add_(LEVEL_SLACK).floor_())
 
 
 def mirrored(n: int, by: int, device: torch.device) -> Tensor:

@@ -65,6 +65,40 @@ def bn_mode(f: Any, mode: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """No TF32 inside: on a GPU float32 products and convolutions keep their 24 bits, where torch's default leaves convolutions 11.
+
+    The switches are global; they are as before afterwards.
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    switches, name, _, off = _precision_switches()
+    saved = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, off)
+        yield
+    finally:
+        for switch, value in zip(switches, saved, strict=True):
+            setattr(switch, name, value)
+
+
+def tf32(device: torch.device) -> bool:
+    """Whether float32 convolutions or products may be computed in TF32 there, as things stand."""
+    switches, name, on, _ = _precision_switches()
+    return device.type == "cuda" and any(getattr(switch, name) == on for switch in switches)
+
+
+def _precision_switches() -> tuple[tuple[Any, ...], str, Any, Any]:
+    """The switches of TF32, the attribute of each, and its values for on and off."""
+    backends = torch.backends
+    if hasattr(backends.cudnn, "conv"):  # since torch 2.9; the older ones refuse to be read once these have been used
+        return (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul), "fp32_precision", "tf32", "ieee"
+    return (backends.cudnn, backends.cuda.matmul), "allow_tf32", True, False
+
+
+@contextlib.contextmanager
 def ambient(seed: int) -> Iterator[None]:
     """The global generators (dropout, drop path) start from ``seed`` inside, and go on outside as if nothing had happened."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

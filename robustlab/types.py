@@ -674,7 +674,7 @@ def with_threat(part: Any, threat: Threat) -> Any:
     return rebuild(part, lambda name, v: fill[name] if v is None and name in fill else v)
 
 
-def with_rows(attack: Attack, rows: int) -> Any:
+def with_rows(attack: Attack, rows: int | None) -> Any:
     """The attack, and those inside it, told how many images may go through the classifier at once, where that is open."""
     return rebuild(attack, lambda name, v: rows if v is None and name == "rows" else v)
 

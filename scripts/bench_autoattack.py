@@ -162,6 +162,7 @@ def main() -> int:
     parser.add_argument("--reference-batch-size", type=int, default=128, help="take the fastest of 32, 64, 128, 250")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file of all runs; one at hand is continued")
     args = parser.parse_args()
     if (args.bed == "cnn") != (args.model is not None):
@@ -173,9 +174,11 @@ def main() -> int:
     threat = Threat("linf", EPS[args.bed] if args.eps is None else args.eps)
     last = args.first_block + args.blocks
     x, y = images(args.data, args.data_root, args.model, last * args.block_size)
-    free = ("blocks", "first_block", "modes", "out", "second_seed", "data_root")
+    f, x, y = f.to(args.device), x.to(args.device), y.to(args.device)
+    free = ("blocks", "first_block", "modes", "out", "second_seed", "data_root", "device")
     setting = {k: v for k, v in vars(args).items() if k not in free}
     setting |= {"eps": threat.eps, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    setting |= {} if x.device.type == "cpu" else {"device": torch.cuda.get_device_name(x.device)}
     stored: dict[str, Any] = {"setting": setting, "blocks": {}}
     if args.out and args.out.exists():
         stored = json.loads(args.out.read_text())

@@ -89,6 +89,15 @@ def pattern_of(s: int, norm: str) -> Tensor:
     return _unit(torch.stack([both, both.T]), norm)
 
 
+def _pattern_like(x: Tensor, s: int, norm: str) -> Tensor:
+    return _pattern_on(s, norm, x.dtype, x.device)
+
+
+@functools.cache
+def _pattern_on(s: int, norm: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return pattern_of(s, norm).to(device, dtype)
+
+
 def _unit(d: Tensor, norm: str) -> Tensor:
     return d / geometry.norm_of(d, norm).view(-1, *[1] * (d.ndim - 1)).clamp_min(1e-12)
 
@@ -100,7 +109,7 @@ def tiles(x: Tensor, norm: str, eps: float, rng: Rng) -> Tensor:
     rows, columns = h // s, w // s
     turned = rng.child("turn").integers((rows, columns), 2)
     sign = _signs(rng.child("sign").uniform((c, rows, columns)), x)
-    pattern = pattern_of(s, norm).to(x)[turned]  # (n, rows, columns, s, s)
+    pattern = _pattern_like(x, s, norm)[turned]  # (n, rows, columns, s, s)
     grid = pattern[:, None] * sign[..., None, None]
     grid = grid.permute(0, 1, 2, 4, 3, 5).reshape(n, c, rows * s, columns * s)
     d = torch.zeros_like(x)
@@ -128,7 +137,7 @@ def between_windows(norm: str, x0: Tensor, best: Tensor, eps: float, s: int, u: 
     of_windows = (mass * either).view(n, c, -1).sum(2)  # (n, c)
     unspent = (eps**power - mass.sum(1, keepdim=True)).clamp_min(0)
     of_old = geometry.norm_of(old.reshape(n * c, -1), norm).view(n, c, 1)
-    pattern = pattern_of(s, norm).to(x0)[(u[:, 4] < 0.5).long()].view(n, 1, s * s)
+    pattern = _pattern_like(x0, s, norm)[(u[:, 4] < 0.5).long()].view(n, 1, s * s)
     new = pattern * _signs(u[:, 5:], x0)[..., None] + old / (1e-12 + of_old)
     size = unspent / c + of_windows
     size = size.sqrt() if norm == "l2" else size * c

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from robustlab.image_ops import at_severity, in_chunks
+from robustlab.image_ops import at_severity, in_chunks, over_255
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Corruption
@@ -59,5 +59,5 @@ class Pixelate(Corruption):
         rows, columns = (windows(n, max(int(n * c), 1), x.device) for n in x.shape[2:])
         levels = (x.mT.contiguous() * 255).round_()  # rows are faster to pick than columns
         levels = shrink(levels, *columns[:2]).mT.contiguous()
-        levels = shrink(levels, *rows[:2]).div_(255)
+        levels = over_255(shrink(levels, *rows[:2]))
         return levels.index_select(-1, columns[2]).index_select(-2, rows[2])

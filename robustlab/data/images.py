@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustlab.image_ops import over_255
 from robustlab.rng import Rng
 from robustlab.types import ImageSet, Splits, UserError
 
@@ -72,6 +73,10 @@ class MemoryImages:
         self, index_batches: Iterable[Tensor], device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each vector of positions: images float32 in [0, 1], labels, positions; see ``types.ImageSet``."""
+        self.to(device)
+        if self._resident is not None and self._resident[0].device.type == "cuda":  # one transfer: each one waits for the device
+            parts = list(index_batches)
+            index_batches = torch.cat(parts).to(device).split([len(p) for p in parts]) if parts else ()
         for positions in index_batches:
             yield self.at(positions, device)
 
@@ -171,7 +176,7 @@ class _Requests(torch.utils.data.Sampler):
 def as_float(x: Tensor) -> Tensor:
     """Images as float32 in [0, 1]; uint8 is divided by 255."""
     if x.dtype == torch.uint8:
-        return x.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+        return over_255(x.to(torch.float32, memory_format=torch.contiguous_format))
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 

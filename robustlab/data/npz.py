@@ -1,10 +1,17 @@
-"""Images and labels in one ``.npz`` file, or in a folder of ``.npy`` files; mapped into memory rather than read where possible."""
+"""Images and labels in one ``.npz`` file, or in a folder of ``.npy`` files; mapped into memory rather than read where possible.
+
+Images may also be JPEG files laid end to end: the bytes in ``train_jpeg``, uint8, and in ``train_offset`` where each file begins,
+and at last where the last one ends.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import struct
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +24,7 @@ from robustlab.registry import register
 from robustlab.types import Count, Dataset, Splits, UserError
 
 KEYS = ("x_train", "y_train", "x_val", "y_val", "x_test", "y_test", "class_names")
+PACKED = tuple(f"{split}_{part}" for split in ("train", "val", "test") for part in ("jpeg", "offset"))  # instead of x_train, ...
 
 
 @register("npz")
@@ -25,7 +33,7 @@ class Npz(Dataset):
 
     Images are uint8, (N, H, W, C), (N, C, H, W) or (N, H, W); labels are whole numbers. Files stored without compression
     (``numpy.savez``) and .npy files are mapped into memory, so they may be larger than it. Without ``x_train``
-    models can be scored only.
+    models can be scored only. JPEG files laid end to end (``train_jpeg``, ``train_offset``) are decoded once.
 
     Attributes:
         path: the file or folder; a relative one is looked for here, then under the root.
@@ -43,7 +51,7 @@ class Npz(Dataset):
         if self.path is None:
             raise UserError("npz: give path, the .npz file or the folder of .npy files")
         path = find(self.path, self.root, "npz")
-        arrays = read_arrays(path)
+        arrays = unpacked(read_arrays(path, (*KEYS, *PACKED)), path)
         pairs = {split: self._pair(arrays, split, path) for split in ("train", "val", "test")}
         if pairs["test"] is None:
             raise UserError(f"npz: {path} has no x_test; it has {', '.join(sorted(arrays)) or 'nothing'}")
@@ -120,6 +128,52 @@ def read_arrays(path: Path, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]
         UserError: not such a file, damaged, or with pickled objects in it.
     """
     return read_folder(path, keys) if path.is_dir() else read_npz(path, keys)
+
+
+def unpacked(arrays: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """The arrays, with ``x_train`` (N, H, W, C) in place of ``train_jpeg`` and ``train_offset``; the other splits alike.
+
+    Raises:
+        UserError: offsets that do not fit the bytes, damaged files, or images of different shapes.
+    """
+    arrays = dict(arrays)
+    for split in ("train", "val", "test"):
+        data, offset = arrays.pop(f"{split}_jpeg", None), arrays.pop(f"{split}_offset", None)
+        if data is None or f"x_{split}" in arrays:
+            continue
+        source = f"npz: {path}: {split}_jpeg"
+        if offset is None or data.dtype != np.uint8 or data.ndim != 1 or offset.ndim != 1 or offset.dtype.kind not in "iu":
+            raise UserError(f"{source}: expected bytes (uint8), and in {split}_offset where each file begins and the last one ends")
+        ends = offset.astype(np.int64)
+        if len(ends) < 2 or ends[0] < 0 or ends[-1] > len(data) or bool((np.diff(ends) <= 0).any()):
+            raise UserError(f"{source}: {split}_offset must rise and stay within the {len(data)} bytes")
+        arrays[f"x_{split}"] = _decoded(data, ends, source)
+    return arrays
+
+
+def _decoded(data: np.ndarray, ends: np.ndarray, source: str) -> np.ndarray:
+    from PIL import Image
+
+    def shape_of(i: int) -> tuple[int, ...]:
+        with Image.open(io.BytesIO(data[ends[i] : ends[i + 1]].tobytes())) as image:
+            return (image.height, image.width, *((len(image.getbands()),) if len(image.getbands()) > 1 else ()))
+
+    def decode(rows: range) -> None:
+        for i in rows:
+            with Image.open(io.BytesIO(data[ends[i] : ends[i + 1]].tobytes())) as image:
+                pixels = np.asarray(image)
+            if pixels.shape != out.shape[1:]:
+                raise UserError(f"{source}: image {i} has shape {pixels.shape}, the first one {out.shape[1:]}")
+            out[i] = pixels
+
+    n = len(ends) - 1
+    try:
+        out = np.empty((n, *shape_of(0)), np.uint8)
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            list(pool.map(decode, [range(i, min(i + 1000, n)) for i in range(0, n, 1000)]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: not JPEG files, or damaged ones: {error}") from None
+    return out
 
 
 def read_folder(folder: Path, keys: Sequence[str] = KEYS) -> dict[str, np.ndarray]:

@@ -45,6 +45,8 @@ class TorchvisionDataset(Dataset):
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return read()
+        except UserError:
+            raise
         except Exception as error:  # no network, damaged archives, short files: torchvision raises many types
             reason = (str(error) or type(error).__name__).splitlines()[0]
             tried = "missing or damaged, and the download failed" if self.download else "missing or damaged (download: false)"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlab import geometry
-from robustlab.modes import bn_mode, unwrap
+from robustlab.modes import bn_mode, full_precision, unwrap
 from robustlab.types import Classifier, Threat, UserError, one_hot
 
 SLACK = 1e-5  # relative and absolute: what float32 arithmetic may leave outside the ball
@@ -45,7 +45,7 @@ class Judge:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Full precision and eval mode, whatever the caller's autocast and whatever an attack did to the modes."""
-        with torch.autocast(self.device.type, enabled=False), bn_mode(self.f, "eval"):
+        with torch.autocast(self.device.type, enabled=False), full_precision(), bn_mode(self.f, "eval"):
             return self.f(x)
 
     def correct(self, x: Tensor, y: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def evaluate(
     ):
         if keeper is not None:
             keeper.open(begun=bool(ledger.done))
-        own, search = share(shard, size, batch_size), Search(judge, precision)
+        own, search = share(shard, size, batch_size), Search(judge, precision, batch_size)
         loop = Loop(plan, threats, search, corrupted, seed, ledger, keeper, own, progress)
         for x, y in source.batches(batch_size, limit):
             (loop.batch if mine(loop.batches, shard) else loop.skip)(x, y)

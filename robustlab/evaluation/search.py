@@ -22,7 +22,7 @@ from robustlab.evaluation.judge import Judge, right, trusted
 from robustlab.evaluation.prepare import prepare
 from robustlab.modes import ambient, bn_mode, unwrap
 from robustlab.rng import Rng
-from robustlab.types import Attack, Classifier, Threat, UserError, with_threat
+from robustlab.types import Attack, Classifier, Threat, UserError, with_rows, with_threat
 
 
 @dataclass
@@ -75,10 +75,11 @@ class Search:
     Args:
         judge: the classifier.
         precision: of the first copy, ``fp32`` or ``bf16``.
+        rows: images in one pass, at most; None leaves it to the attacks.
     """
 
-    def __init__(self, judge: Judge, precision: str = "fp32"):
-        self.judge, self.f, self.precision = judge, judge.f, precision
+    def __init__(self, judge: Judge, precision: str = "fp32", rows: int | None = None):
+        self.judge, self.f, self.precision, self.rows = judge, judge.f, precision, rows
         self.copies: dict[str, Classifier] = {}  # by precision, made when first asked for
 
     def run(self, attack: Attack, threat: Threat, label: str, x: Tensor, y: Tensor, rng: Rng, *, copies: bool = True) -> Found:
@@ -136,8 +137,9 @@ class Search:
         """One run of an attack, which gets a copy of the images."""
         target = self.judge.target(y)
         try:
+            attack = with_rows(with_threat(attack, threat), self.rows)
             with ambient(rng.batch_seed()), bn_mode(self.f, "eval"), torch.enable_grad():
-                x_adv, info = with_threat(attack, threat).run(counter, x.clone(), target, rng)
+                x_adv, info = attack.run(counter, x.clone(), target, rng)
         except ValueError as error:
             raise error if isinstance(error, UserError) else UserError(f"the attack '{label}': {error}") from error
         return x_adv, dict(info)

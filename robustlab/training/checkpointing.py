@@ -79,6 +79,15 @@ def load_state(path: Path, outer: Outer, optimizer: torch.optim.Optimizer) -> di
     try:
         outer.load_state_dict(outer_state)
         optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        _lay_out(optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: does not fit this configuration: {str(error).splitlines()[0]}") from None
     return meta
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer's tensors the memory format of their weights: where both differ a GPU updates them one by one."""
+    for p, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                slots[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robustlab.config import Config, build, dump
@@ -134,7 +135,8 @@ def fit(
             if verdict.act is Act.CONTINUE and (last or not (epoch + 1) % t.probe.every or not (epoch + 1) % t.checkpoint_every):
                 refresh_average(config, method, outer, splits, plan, rng.child("refresh"), epoch, device)
             if verdict.act is Act.CONTINUE and (last or (epoch + 1) % t.probe.every == 0):
-                metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
+                with eager(config):
+                    metrics = {"epoch": epoch + 1, **hooks.probe(outer.averaged())}
                 verdict = above_chance(metrics["val_clean"], splits.num_classes, epoch, t.guards.collapse)
             event |= {k: v for k, v in metrics.items() if metrics.get("epoch") == epoch + 1}
             improved = metrics.get("epoch") == epoch + 1 and score(metrics) > score(best)
@@ -163,13 +165,19 @@ def fit(
     return Outcome(epoch, metrics, best, verdict.reason, watched["rolled_back"], start if resume and start else None)
 
 
+def eager(config: Config) -> contextlib.AbstractContextManager[Any]:
+    """A compiled model runs as it is inside: a few looks do not pay for compiling its other modes and batch sizes."""
+    return torch.compiler.set_stance("force_eager") if config.training.compile else contextlib.nullcontext()
+
+
 def guard_epoch(config: Config, outer: Outer, hooks: Hooks, epoch: int, watched: dict[str, Any], event: dict[str, Any]) -> Verdict:
     """What the guards say after an epoch. ``watched`` keeps the best accuracy seen, ``event`` takes the present one."""
     guards = config.training.guards
     verdict = finite_weights(outer, epoch) if guards.nan else FINE
     if guards.overfitting is None or verdict.act is not Act.CONTINUE:
         return verdict
-    now = event["train_robust"] = hooks.watch(outer.f)
+    with eager(config):
+        now = event["train_robust"] = hooks.watch(outer.f)
     rule = guards.overfitting
     verdict = catastrophic_overfitting(now, watched["best"], rule.drop, epoch, rule.act, bool(watched["rolled_back"]))
     watched["best"] = max(watched["best"], now)
@@ -294,13 +302,14 @@ def loader(splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.devic
     """The epoch's micro-batches as views ``clean``. In ``index`` the extra images come after the training images."""
     order = rng.child("order", epoch).permutation(plan.count)
     pairs = [(epoch * TICKETS_PER_EPOCH + positions, index) for positions, index in plan.micro_batches(order)]
+    keys = torch.stack([key for key, _ in pairs]).to(device) if pairs else ()  # at once: each transfer waits for the device
     wanted = (i[i >= 0] for _, i in pairs)
-    real = ((x, one_hot(y, splits.num_classes, x.dtype), i) for x, y, i in splits.train.batches(filter(len, wanted), device))
+    real = ((x, checked_one_hot(y, splits.num_classes, x), i) for x, y, i in splits.train.batches(filter(len, wanted), device))
     extra: Iterator[tuple[Tensor, Tensor, Tensor]] = iter(())
     if plan.extra and splits.extra is not None:
         drawn = (with_replacement(rng.child("extra").at(key[i < 0]), len(splits.extra)) for key, i in pairs)
         extra = ((x, y, i + plan.count) for x, y, i in splits.extra.batches(filter(len, drawn), device))
-    for key, index in pairs:
+    for (_, index), key in zip(pairs, keys, strict=True):
         is_extra = (index < 0).long()
         found = [next(images) for images, there in ((real, 1 - is_extra), (extra, is_extra)) if there.any()]
         if len(found) == 2:
@@ -308,13 +317,23 @@ def loader(splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.devic
             found = [tuple(torch.cat(v)[place] for v in zip(*found, strict=True))]  # type: ignore[list-item]
         x, y, i = found[0]
         x = x.to(memory_format=torch.channels_last) if channels_last else x
-        yield {"clean": View(x=x, y=y, key=key.to(device), index=i)}
+        yield {"clean": View(x=x, y=y, key=key, index=i)}
+
+
+def checked_one_hot(y: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """Labels (N,) as probabilities (N, K). Data sets check their labels; to check each batch again would wait for a GPU."""
+    return one_hot(y, num_classes, like.dtype) if y.device.type == "cpu" else F.one_hot(y, num_classes).to(like.dtype)
 
 
 def with_replacement(rng: Rng, count: int) -> Tensor:
     """A position below ``count`` (up to 2^48) for each ticket."""
     u = rng.uniform((2,), dtype=torch.float64)
     return ((u[:, 0] + u[:, 1] * 2.0**-24) * count).long()
+
+
+def looks_after(device: torch.device) -> int:
+    """Steps between two looks at the losses: a GPU runs dry for each."""
+    return 1 if device.type == "cpu" else 20
 
 
 def run_epoch(
@@ -333,7 +352,8 @@ def run_epoch(
     t, begun = config.training, time.perf_counter()
     batches = loader(splits, plan, rng, epoch, device, t.channels_last)
     sums: dict[str, Tensor] = {}
-    lr = 0.0
+    lr, recent = 0.0, list[tuple[int, Tensor]]()
+    patience = looks_after(device)
     for s in range(plan.steps):
         micro = [next(batches) for _ in range(plan.accumulation)]
         number = epoch * plan.steps + s
@@ -355,10 +375,14 @@ def run_epoch(
             plan.world.mean_([v for v in terms.values()])
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
-            if t.guards.nan:
-                verdict = finite_loss(float(terms["loss"]), epoch, s)
-                if verdict.act is Act.STOP:
-                    return {"kind": "epoch", "epoch": epoch + 1, "step": number + 1, "loss": float(terms["loss"])}, verdict
+            recent += [(s, terms["loss"])] if t.guards.nan else []
+            if recent and (len(recent) >= patience or s + 1 == plan.steps):
+                for step, loss in zip([k for k, _ in recent], torch.stack([v for _, v in recent]).tolist(), strict=True):
+                    verdict = finite_loss(loss, epoch, step)
+                    if verdict.act is Act.STOP:
+                        event = {"kind": "epoch", "epoch": epoch + 1, "step": epoch * plan.steps + step + 1, "loss": loss}
+                        return event, verdict
+                recent.clear()
         progress({"kind": "step", "epoch": epoch, "epochs": t.epochs, "step": s + 1, "steps": plan.steps, "terms": terms})
     seconds = time.perf_counter() - begun
     means = {name: float(value) / (plan.steps * trainer.replays) for name, value in sums.items()}

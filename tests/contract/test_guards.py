@@ -235,6 +235,21 @@ def test_a_run_whose_statistics_overflow_stops_with_a_line(tmp_path, monkeypatch
     assert "norm1.running_var is not finite after epoch 1" in outcome.stopped
 
 
+@pytest.mark.parametrize("after", [1, 2, 20])
+def test_a_loss_that_is_not_finite_is_found_where_it_was_however_seldom_one_looks(after, tmp_path, monkeypatch):
+    true, calls = loop.train_step, []
+
+    def breaks(*args, **more):
+        calls.append(0)
+        return true(*args, **more) | ({"loss": torch.tensor(math.nan)} if len(calls) == 2 else {})
+
+    monkeypatch.setattr(loop, "train_step", breaks)
+    monkeypatch.setattr(loop, "looks_after", lambda device: after)
+    outcome = commands.train(run_config("standard", batch_size=8), tmp_path / "run")
+    assert "the loss is nan in epoch 1, step 1" in outcome.stopped
+    assert lines(tmp_path / "run")[-1]["step"] == 2
+
+
 # ---------------------------------------------------------------------------------------------------------- the command
 
 

@@ -1,6 +1,7 @@
 """Data sets: split sizes, disjointness, stability, exact pixels, published file layouts, one clear line for every mistake."""
 
 import gzip
+import io
 import math
 import os
 import pickle
@@ -620,3 +621,78 @@ def test_gaussians_stay_inside_and_repeat():
         Gaussians(separation=60.0)
     with pytest.raises(ValueError, match="no closed form for the norm 'l0'"):
         part.bayes_robust_accuracy("l0", 1)
+
+
+# ---------------------------------------------------------------------------------------------------- JPEG in one file
+
+
+def jpegs(images):
+    """Bytes and offsets of images (N, H, W, C) as JPEG files laid end to end, and what they decode to."""
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    seen = np.stack([np.asarray(Image.open(io.BytesIO(f))) for f in files])
+    return np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)]), seen
+
+
+@pytest.fixture
+def packed(tmp_path):
+    rng = np.random.default_rng(0)
+    data, offset, train = jpegs(rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8))
+    test, test_offset, seen = jpegs(rng.integers(0, 256, (12, 32, 32, 3), dtype=np.uint8))
+    y = np.arange(30, dtype=np.uint8) % 10
+    path = tmp_path / "copy.npz"
+    arrays = {"train_jpeg": data, "train_offset": offset, "test_jpeg": test, "test_offset": test_offset}
+    np.savez(path, **arrays, y_train=y, y_test=y[:12])
+    return path, train, seen
+
+
+def test_npz_decodes_jpeg_files(packed):
+    path, _, seen = packed
+    splits = Npz(path=str(path), num_classes=10, validation=10).load()
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 10, 12]
+    x, y, _ = all_of(splits.test)
+    assert torch.equal(x, torch.from_numpy(seen).permute(0, 3, 1, 2) / 255)
+    assert y.tolist() == [i % 10 for i in range(12)]
+
+
+def test_cifar10_is_read_from_a_copy_in_one_file(packed):
+    path, train, seen = packed
+    splits = CIFAR10(root=str(path), validation=10).load()
+    assert splits.class_names[:2] == ("airplane", "automobile")
+    assert [len(s) for s in (splits.train, splits.validation, splits.test)] == [20, 10, 12]
+    assert torch.equal(all_of(splits.test)[0], torch.from_numpy(seen).permute(0, 3, 1, 2) / 255)
+    both = torch.cat([splits.train.images, splits.validation.images])
+    assert both.long().sum() == train.astype(np.int64).sum()
+
+
+def test_cifar10_is_read_from_plain_arrays_in_one_file(tmp_path):
+    x, y = np.zeros((20, 32, 32, 3), np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "copy.npz", x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+    splits = CIFAR10(root=str(tmp_path / "copy.npz"), validation=10).load()
+    assert (len(splits.test), splits.num_classes) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train_offset": np.array([0, 10, 5])}, "train_offset must rise"),
+        ({"train_jpeg": np.zeros(40, np.uint8), "train_offset": np.array([0, 20, 40])}, "not JPEG files, or damaged ones"),
+        ({"train_offset": None}, "expected bytes"),
+    ],
+)
+def test_damaged_jpeg_files_get_one_line(packed, tmp_path, change, said):
+    with np.load(packed[0]) as known:
+        arrays = {k: v for k, v in (dict(known) | change).items() if v is not None}
+    np.savez(tmp_path / "damaged.npz", **arrays)
+    with pytest.raises(UserError, match=said) as error:
+        Npz(path=str(tmp_path / "damaged.npz")).load()
+    assert "\n" not in str(error.value)
+
+
+def test_cifar10_says_that_a_file_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"not a .npz file, or a damaged one") as error:
+        CIFAR10(root=str(tmp_path / "none.npz")).load()
+    assert "\n" not in str(error.value)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustlab.modes import ambient, bn_mode, frozen, perturbed, unwrap
+from robustlab.modes import ambient, bn_mode, frozen, full_precision, perturbed, tf32, unwrap
 
 
 class Stop(Exception):
@@ -210,3 +210,29 @@ def test_unwrap_finds_the_module_behind_a_callable():
     with frozen(Wrapper(f)), bn_mode(Wrapper(f), "eval"):
         assert not f.training
         assert not any(p.requires_grad for p in f.parameters())
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_full_precision_turns_tf32_off_and_back(raises, allowed, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    newer = hasattr(torch.backends.cudnn, "conv")
+    switches = (
+        (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if newer else (torch.backends.cudnn, torch.backends.cuda.matmul)
+    )
+    name, on, off = ("fp32_precision", "tf32", "ieee") if newer else ("allow_tf32", True, False)
+    found = [getattr(s, name) for s in switches]
+    try:
+        for s in switches:
+            setattr(s, name, on if allowed else off)
+        with contextlib.suppress(Stop), full_precision():
+            assert all(getattr(s, name) == off for s in switches)
+            assert not tf32(torch.device("cuda"))
+            if raises:
+                raise Stop
+        assert all(getattr(s, name) == (on if allowed else off) for s in switches)
+        assert tf32(torch.device("cuda")) >= allowed
+        assert not tf32(torch.device("cpu"))
+    finally:
+        for s, value in zip(switches, found, strict=True):
+            setattr(s, name, value)
