@@ -95,12 +95,14 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=250)
     parser.add_argument("--steps", type=int, default=100, help="of APGD and FAB, both sides")
     parser.add_argument("--queries", type=int, default=5000, help="of Square, both sides")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file of all runs")
     args = parser.parse_args()
 
     f = load_model(args.model).eval()
     data = parse(args.data, "--data").plain()
     x, y = first_images(data, args.model, args.num_examples)
+    f, x, y = f.to(args.device), x.to(args.device), y.to(args.device)
     threat, budget = Threat(args.norm, args.eps), {"steps": args.steps, "queries": args.queries}
     setting = {k: v for k, v in vars(args).items() if k not in ("out", "seeds")} | {"threads": torch.get_num_threads()}
     stored: dict[str, Any] = {"setting": setting, "ours": [], "reference": []}

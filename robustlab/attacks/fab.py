@@ -124,7 +124,7 @@ class FAB(Attack):
             x = ((1 - alpha) * (x + self.eta * d_1) + alpha * (x_0 + self.eta * d_2)).clamp(0.0, 1.0)
             with torch.no_grad():
                 miss = fooled(f(x).to(x.dtype), labels)
-            spent[row] += torch.tensor([2, backwards], device=x.device)
+            spent[row] += passes(x, 2, backwards)
             size = geometry.norm_of(x - x_0, norm)
             nearer = miss & (size < best[row])
             near[row] = torch.where(nearer.view(-1, 1, 1, 1), x, near[row])

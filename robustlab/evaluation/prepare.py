@@ -27,7 +27,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from robustlab import geometry
-from robustlab.modes import ambient, bn_mode
+from robustlab.modes import ambient, bn_mode, full_precision
 from robustlab.types import Classifier
 
 PROBES = 4  # images on which a copy proves itself
@@ -61,7 +61,13 @@ def prepare(f: Classifier, x: Tensor, precision: str = "fp32") -> Classifier:
     assert isinstance(f, nn.Module)
     x = x[:PROBES].detach()
     try:
-        with warnings.catch_warnings(), ambient(0), torch.autocast(x.device.type, enabled=False), bn_mode(f, "eval"):
+        with (
+            warnings.catch_warnings(),
+            ambient(0),
+            torch.autocast(x.device.type, enabled=False),
+            full_precision(),
+            bn_mode(f, "eval"),
+        ):
             warnings.simplefilter("ignore")
             with torch.no_grad():
                 z = f(x)

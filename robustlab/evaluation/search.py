@@ -9,6 +9,7 @@ A false success saves no sample: the next better copy, last the classifier itsel
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import Tensor
 from robustlab.evaluation.counting import Counter, per_sample
 from robustlab.evaluation.judge import Judge, right, trusted
 from robustlab.evaluation.prepare import prepare
-from robustlab.modes import ambient, bn_mode, unwrap
+from robustlab.modes import ambient, bn_mode, full_precision, tf32, unwrap
 from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Threat, UserError, with_rows, with_threat
 
@@ -127,8 +128,9 @@ class Search:
         yield self.f
 
     def _queried(self, f: Classifier, x: Tensor) -> Tensor:
-        """What attacks are answered; a low precision is the business of ``f``."""
-        with torch.autocast(self.judge.device.type, enabled=False):
+        """What attacks are answered, in the precision of a copy. What the classifier itself says in TF32 nothing would catch."""
+        own = full_precision() if f is self.f else contextlib.nullcontext()
+        with torch.autocast(self.judge.device.type, enabled=False), own:
             return f(x).to(self.judge.dtype)
 
     def _once(
@@ -148,15 +150,17 @@ class Search:
     def _false_successes(self, f: Classifier, counter: Counter, x_adv: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """The rows that ``f`` was asked about, and those that it believes fooled, or cannot tell, while the logits ``z`` are right.
 
-        An attack leaves such a sample although it might be broken. In float32 only rows whose ``z`` are all but tied can be.
+        An attack leaves such a sample although it might be broken. In float32 only rows whose ``z`` are all but tied can be; in
+        bfloat16, and on a GPU in TF32, any.
         """
-        low = f is self.copies.get("bf16")
+        bf16, coarse = f is self.copies.get("bf16"), tf32(self.judge.device)
+        low, near = bf16 or coarse, 2.0**-8 if bf16 else 2.0**-10 if coarse else 1e-5
         rows = (right(z, y) & (low | _tied(z, y, 1e-3))).nonzero().squeeze(1)
         if f is self.f or len(rows) == 0:
             return rows[:0], rows[:0]
         with bn_mode(self.f, "eval"):
             own = counter(x_adv[rows])
-        return rows, rows[~right(own, y[rows]) | _tied(own, y[rows], 2.0**-8 if low else 1e-5)]
+        return rows, rows[~right(own, y[rows]) | _tied(own, y[rows], near)]
 
 
 def _tied(z: Tensor, y: Tensor, near: float) -> Tensor:
