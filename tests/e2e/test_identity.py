@@ -33,8 +33,8 @@ N, EPS = 32, 0.06
 SHORT = """
 attacks:
   - {name: square, queries: 25}
-  - {name: fab, targeted: true, steps: 2, n_targets: 2}
   - {name: apgd-t, steps: 3, n_targets: 3}
+  - {name: fab, targeted: true, steps: 2, n_targets: 2}
   - {name: apgd, steps: 12, restarts: 2}
 """
 
