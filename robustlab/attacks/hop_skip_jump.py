@@ -21,7 +21,7 @@ Differences from the authors' code, each of which leaves it farther from the sma
 - x' enters the bisection as it is, and the points of the ray are clamped. Theirs clamps x' first: shrinking then takes pixels off
   their bounds that belong there, and the nearest point is no fixed point (1.5 % too far in l2, two classes, 10,000 queries).
 - The leap. A point of the walk averages all steps so far, and in linf a pixel whose sign was estimated wrongly once has to come
-  back. One question an iteration when it fails.
+  back. v is the running estimate, then the sum of all of this walk. One question each when it fails.
 - Most of the last iteration's estimate is kept (``memory``). An estimate from B directions in D dimensions is off by an angle of
   about sqrt(D / B), and where the boundary is flat the older ones are still about its normal. ``memory=0`` is the paper's.
 - ``starts`` walks set out from boundary points of different classes, and the nearest after half of the queries goes on (theirs: one
@@ -110,7 +110,7 @@ class HopSkipJump(Attack):
         self, ask: Oracle, x: Tensor, x_t: Tensor, distance: Tensor, normal: Tensor, steps: range, rng: Rng
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Iterations ``steps`` from boundary points: the nearest points, their norms, the normals. No walk where a norm is inf."""
-        x_t, best, distance, normal = x_t.clone(), x_t.clone(), distance.clone(), normal.clone()
+        x_t, best, distance, normal, whole = x_t.clone(), x_t.clone(), distance.clone(), normal.clone(), normal.clone()
         rows = distance.isfinite().nonzero().squeeze(1)
         for t in steps:
             probes = min(int(self.probes * math.sqrt(t)), MOST_PROBES)
@@ -120,9 +120,10 @@ class HopSkipJump(Attack):
             d = geometry.norm_of(x_t[rows] - x[rows], self._norm)
             delta = d / x[0].numel() if t > 1 else torch.full_like(d, FIRST_DELTA)
             seen = self._normal(ask, rows, x_t[rows], wide(delta), probes, rng.select(rows).child("step", t))
-            normal[rows] = self.memory * normal[rows] + seen
+            normal[rows], whole[rows] = self.memory * normal[rows] + seen, whole[rows] + seen
             hopped = self._hop(ask, rows, x[rows], x_t[rows], geometry.steepest(normal[rows], self._norm), d / math.sqrt(t))
-            x_t[rows] = self._leap(ask, rows, x[rows], hopped, normal[rows])
+            leapt = self._leap(ask, rows, x[rows], hopped, normal[rows])
+            x_t[rows] = self._leap(ask, rows, x[rows], leapt, whole[rows])
             now = geometry.norm_of(x_t[rows] - x[rows], self._norm)
             nearer = now < distance[rows]
             best[rows[nearer]], distance[rows[nearer]] = x_t[rows[nearer]], now[nearer]
