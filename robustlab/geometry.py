@@ -113,17 +113,18 @@ def linear_max(g: Tensor, x0: Tensor, norm: str, eps: float | Tensor) -> Tensor:
     """The point of ball and box that maximises the inner product with ``g``: ``argmax {<g, x - x0>}``, exactly.
 
     linf: the sign. l2: ``clamp(s g)`` with the scale s that uses the radius up. l1: the coordinates with the largest |g| move as
-    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. In l2 and l0 ``eps``
-    may be one radius per sample (N,).
+    far as the box allows until the radius is spent. l0: the pixels with the largest gain move to their bound. ``eps`` may be one
+    radius per sample (N,).
     """
     if norm not in NORMS:
         raise ValueError(f"unknown norm '{norm}'; expected one of {', '.join(NORMS)}")
     room = torch.where(g > 0, 1 - x0, x0)
     if norm == "linf":
-        return (x0 + eps * g.sign()).clamp(0.0, 1.0)
+        return (x0 + (_wide(eps, g) if isinstance(eps, Tensor) else eps) * g.sign()).clamp(0.0, 1.0)
     if norm == "l2":
         return x0 + _scale_into(g, x0, eps, most=torch.inf)
     if norm == "l1":
+        eps = eps[:, None] if isinstance(eps, Tensor) else eps
         size, order = _flat(g).abs().sort(dim=1, descending=True)
         able = torch.where(size > 0, _flat(room).gather(1, order), torch.zeros_like(size))
         spent_before = able.cumsum(1) - able

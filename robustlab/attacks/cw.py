@@ -11,6 +11,9 @@ Differences from the authors' code:
 
 - A run ends early for each sample (theirs: for the batch) when the objective fell by less than one part in 10,000 over a tenth of
   the steps.
+- As long as nothing has fooled, a run goes on from where the last one ended (theirs: from the image). Adam moves w by ``rate`` a
+  step, so runs of 100 steps from the image, whatever c, cannot leave a ball of one in w: on a robust net one image in a hundred
+  was lost for it.
 - Runs have 1000 steps, not 10,000, which is what comparisons use; the norm changes by less than a percent.
 - Untargeted unless asked; the confidence kappa is 0, which is the minimum norm.
 """
@@ -20,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, Weight
+from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, Weight, wide
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Classifier, Count, NonNegative, Norm, Positive, Whole
@@ -33,7 +36,7 @@ class CW(MinimumNorm):
     """Adam on squared l2 norm plus c times the margin, in variables that keep the box, with a binary search over c (l2).
 
     Deterministic. Costs at most ``binary_steps * steps`` forward and backward passes, 9,000 of each (90,000 with the authors'
-    10,000 steps), a fifth to two thirds of that where runs end early, and ``refine + 1`` forward passes.
+    10,000 steps), a fifth to two thirds of that where runs end early, and ``refine + 3`` forward and 9 backward passes.
 
     Attributes:
         norm: l2.
@@ -60,13 +63,17 @@ class CW(MinimumNorm):
     def search(self, f: Classifier, near: Nearest, rng: Rng) -> Tensor:
         weight = Weight(self.c, near.distance)
         cost = torch.zeros(len(near.x0), 2, dtype=torch.long, device=near.x0.device)
+        image = (SHRINK * (2 * near.x0 - 1)).atanh()
+        start = image
         for _ in range(self.binary_steps):
-            weight.update(self._descend(f, near, weight.c, cost))
+            hit, end = self._descend(f, near, start, weight.c, cost)
+            weight.update(hit)
+            start = torch.where(wide(near.distance.isinf()), end, image)
         return cost
 
-    def _descend(self, f: Classifier, near: Nearest, c: Tensor, cost: Tensor) -> Tensor:
-        """One run of Adam; adds to ``cost`` and returns which samples were fooled on the way."""
-        rows, w, adam = torch.arange(len(c), device=c.device), (SHRINK * (2 * near.x0 - 1)).atanh(), Adam(near.x0)
+    def _descend(self, f: Classifier, near: Nearest, w: Tensor, c: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """One run of Adam from w; adds to ``cost`` and returns which samples were fooled on the way, and where it ended."""
+        rows, end, adam = torch.arange(len(c), device=c.device), w, Adam(w)
         last, ever = torch.full_like(c, torch.inf), torch.zeros_like(c, dtype=torch.bool)
         for k in range(self.steps):
             with torch.enable_grad():
@@ -80,6 +87,7 @@ class CW(MinimumNorm):
             cost[rows] += 1
             m, s = adam.moments(g.nan_to_num())
             w = w.detach() - self.rate * m / s
+            end = end.index_put((rows,), w)
             if k % max(self.steps // 10, 1) == 0:
                 falling = value.detach() <= 0.9999 * last[rows]
                 last[rows] = value.detach()
@@ -87,4 +95,4 @@ class CW(MinimumNorm):
                 rows, w = rows[falling], w[falling]
                 if len(rows) == 0:
                     break
-        return ever
+        return ever, end

@@ -38,8 +38,8 @@ from robustlab.types import Classifier, Count, NonNegative, Norm, Positive, Whol
 class EAD(MinimumNorm):
     """Accelerated proximal gradient descent on margin plus elastic net, with a binary search over the margin's weight (l1).
 
-    Deterministic. Costs at most ``2 * binary_steps * steps + refine + 1`` forward and ``binary_steps * steps`` backward passes, a
-    fraction of that where runs end early.
+    Deterministic. Costs at most ``2 * binary_steps * steps + refine + 3`` forward and ``binary_steps * steps + 9`` backward passes,
+    a fraction of that where runs end early.
 
     Attributes:
         norm: l1.

@@ -39,7 +39,7 @@ from robustlab.types import Classifier, Count, Fraction, NonNegative, Norm, Posi
 class FMN(MinimumNorm):
     """Gradient steps projected on a ball whose radius follows the boundary.
 
-    Deterministic. Costs ``steps + refine + 1`` forward and ``steps`` backward passes; l0: see ``refine``.
+    Deterministic. Costs at most ``steps + refine + 3`` forward and ``steps + 9`` backward passes; l0: see ``refine``.
 
     Attributes:
         norm: of the perturbation.

@@ -41,7 +41,7 @@ from robustlab.types import Classifier, Count, NonNegative, Norm, OpenFraction, 
 class PDPGD(MinimumNorm):
     """Descends on the loss, shrinks by the proximal operator of the norm, and lets a multiplier weigh one against the other.
 
-    Deterministic. Costs ``steps + refine + 1`` forward and ``steps`` backward passes.
+    Deterministic. Costs at most ``steps + refine + 3`` forward and ``steps + 9`` backward passes.
 
     Attributes:
         norm: of the perturbation.

@@ -102,6 +102,38 @@ def test_project_is_the_nearest_point_of_ball_and_box(x0, d, eps, norm):
     np.testing.assert_allclose(p.numpy(), expected, atol=1e-8)
 
 
+THREE = st.tuples(unit, unit, unit), st.tuples(*3 * [st.floats(-1.5, 1.5)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(x0=THREE[0], d=THREE[1], eps=st.floats(0.05, 1.5), norm=st.sampled_from(CONVEX))
+def test_no_point_of_a_grid_of_ball_and_box_is_nearer(x0, d, eps, norm):
+    """Brute force in three dimensions: every point of a grid is tried, and the projection is about as near as the best."""
+    eps, x0, n = limit(norm, eps), torch.tensor(x0, dtype=torch.float64), 25
+    x = x0 + torch.tensor(d, dtype=torch.float64)
+    p = project(x.view(1, 1, 1, 3), x0.view(1, 1, 1, 3), norm, eps)
+    assert_feasible(p, x0.view(1, 1, 1, 3), norm, eps)
+    grid = torch.cartesian_prod(*3 * [torch.linspace(0, 1, n, dtype=torch.float64)])
+    grid = grid[norm_of((grid - x0).view(-1, 1, 1, 3), norm) <= eps]
+    if len(grid):
+        distance, best = float((p.flatten() - x).norm()), float((grid - x).norm(dim=1).min())
+        assert distance <= best + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(d=tensors(wide, 2), k=st.integers(0, 6), each=st.booleans())
+def test_l0_ball_against_all_sets_of_pixels(d, k, each):
+    """Of the points with at most k pixels the nearest to d; also with one k per sample."""
+    p = project_ball(d, "l0", torch.tensor([float(k), float(6 - k)]) if each else k)
+    for one, kept, most in zip(p, d, (k, 6 - k) if each else (k, k), strict=True):
+        assert int(one.ne(0).any(0).sum()) <= most
+        masks = [
+            torch.zeros(6).index_fill(0, torch.tensor(c, dtype=torch.long), 1.0) for c in itertools.combinations(range(6), most)
+        ]
+        best = min(float((kept * (1 - m.view(1, 2, 3))).square().sum()) for m in masks)
+        assert float((kept - one).square().sum()) == pytest.approx(best, abs=1e-12)
+
+
 @settings(max_examples=100, deadline=None)
 @given(x0=tensors(unit), d=tensors(wide), eps=radius, norm=st.sampled_from(CONVEX), seed=st.integers(0, 10**6))
 def test_project_satisfies_the_variational_inequality(x0, d, eps, norm, seed):
