@@ -35,7 +35,7 @@ from robustlab.types import Alone, Threat, walk, with_threat
 STEPS, BATCH = 3, 32
 TRAINERS = sorted(entries("trainer"))
 COUPLED = {n for n in TRAINERS if any(getattr(p, "coupled", False) for p in walk(config.build("trainer", n)))}
-CASES = [*((name, 1) for name in TRAINERS), ("awp", 2), ("trades", 2)]  # with their micro-batches per process
+CASES = [*((name, 1) for name in TRAINERS), ("awp", 2), ("engm", 2), ("trades", 2)]  # with their micro-batches per process
 GRADIENT = 1000  # a message this long is a gradient; loss terms are shorter
 
 
