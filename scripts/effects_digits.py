@@ -31,11 +31,13 @@ from robustlab import commands, config, losses
 from robustlab.attacks.backward_smoothing import BackwardSmoothing
 from robustlab.attacks.pgd import PGD
 from robustlab.attacks.steps import input_gradient
+from robustlab.corruptions import tables
 from robustlab.files import atomic_write, write_json
 from robustlab.geometry import project, sample_ball, steepest
 from robustlab.latent.slat import gradients
 from robustlab.models.checkpoint import load_model
 from robustlab.modes import perturbed
+from robustlab.registry import entries
 from robustlab.rng import Rng
 from robustlab.types import Alone, Attack, UserError, View, one_hot
 from robustlab.weight_perturbation.awp import matrices
@@ -152,7 +154,7 @@ class Trained:
 
     @property
     def contributions(self) -> Tensor:
-        """The same after the bound of the run's gradient rule, the images being one batch."""
+        """The same after the bound of the run's gradient rule, the images being one batch; lengths are exact also for estimates."""
         (share,) = clipping([self.lengths], getattr(self.run.trainer.gradient, "bound", None), Alone())
         return share * self.lengths
 
@@ -172,9 +174,10 @@ def images(data: Any, split: str) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def corrupted(data: Any) -> list[Tensor]:
-    """The test images under every corruption at two severities."""
+    """The test images under every corruption of small images, at two severities."""
     x, _ = images(data, "test")
-    return [rl.corrupt(x, name, severity=s, seed=0) for name in rl.list_corruptions() for s in SEVERITIES]
+    names = [name for name, corruption in entries("corruption").items() if "cifar" in tables(corruption)]
+    return [rl.corrupt(x, name, severity=s, seed=0) for name in names for s in SEVERITIES]
 
 
 def rise(m: Trained, gamma: float) -> float:
