@@ -2,8 +2,9 @@
 
     w <- w - lr u,    u = (1/N) sum_i min(1, beta / ||g_i||) g_i,    g_i = gradient of CE(f(x'_i), y_i) in the weights
 
-PGD-AT with another gradient rule: the lengths are exact, from one more forward and backward pass that keeps the samples apart and
-needs memory for as many copies of the gradient as are held at once. A reconstruction: see the gradient rule of the same name.
+beta is the mean of the ||g_i||. PGD-AT with another gradient rule: the lengths are exact, from one more forward and backward pass
+that keeps the samples apart and needs memory for as many copies of the gradient as are held at once. A reconstruction: see the
+gradient rule of the same name.
 """
 
 from __future__ import annotations

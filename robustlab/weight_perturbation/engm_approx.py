@@ -2,6 +2,7 @@
 
     u    = (1/N) sum_i w_i g_i,      w_i = min(1, beta / n_i),      n_i ~ a ||grad_x l_i|| + b
 
+    beta   by default the mean of the n_i of the step, as in ``engm``
     a, b   fitted by least squares to the exact lengths of a batch, every ``refit`` steps; old fits count ``memory``
 
 Samples whose loss is steep in the image are those whose loss is steep in the weights, and the gradient at the image is there
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,15 @@ class EngmApprox(GradientRule):
     """The mean of the samples' gradients, each shortened to a bound; their lengths are estimated from gradients at the images.
 
     Attributes:
-        bound: beta, the longest gradient that a sample contributes; None is the plain gradient.
+        bound: beta, the longest gradient that a sample contributes: ``mean``, the mean length of the step's samples; or a number;
+            None is the plain gradient.
         refit: steps from one fit to the next.
         memory: share of the old line at a fit.
         on: the view whose images' gradients are looked at.
         chunk: how many samples' gradients are held in memory at once during a fit.
     """
 
-    bound: NonNegative | None = 1.0
+    bound: NonNegative | Literal["mean"] | None = "mean"
     refit: Count = 50
     memory: OpenFraction = 0.5
     on: str = "adv"
@@ -62,16 +64,16 @@ class EngmApprox(GradientRule):
         return Line(next(ctx.f.parameters()).device)
 
     def __call__(self, f: nn.Module, loss: Any, shards: Sequence[Shard], rng: Rng, state: Line) -> dict[str, Tensor]:
-        state.pending, fits, shares = [], int(state.steps) % self.refit == 0, []
+        state.pending, fits, norms = [], int(state.steps) % self.refit == 0, []
         for shard in shards:
             g = geometry.norm_of(self.slopes(loss, shard), "l2").double()
             if fits:
                 n = sample_gradient_norms(loss, shard, self.chunk)
                 state.pending.append(torch.stack([g, n, g * g, g * n]).mean(1))
             else:
-                n = (state.line[0] * g + state.line[1]).to(shard[0][self.on].x.dtype)
-            shares.append(clipping(n, self.bound))
-        return backward(loss, shards, shares=shares)
+                n = (state.line[0] * g + state.line[1]).clamp_min(0).to(shard[0][self.on].x.dtype)
+            norms.append(n)
+        return backward(loss, shards, shares=clipping(norms, self.bound, loss.world))
 
     def slopes(self, loss: Any, shard: Shard) -> Tensor:
         """The gradient of each sample's loss at its image (N, C, H, W): the attack's last, else a new one."""

@@ -429,7 +429,8 @@ IDENTITIES = {
     ),
     "engm, no bound = pgd-at": lambda: (trainer("engm", gradient={"bound": None}), trainer("pgd-at")),
     "engm-approx, no bound = pgd-at": lambda: (trainer("engm-approx", gradient={"bound": None}), trainer("pgd-at")),
-    "engm-approx, a fit at each step = engm": lambda: (
+    "engm-approx, a fit at each step = engm": lambda: (trainer("engm-approx", gradient={"refit": 1}), trainer("engm")),
+    "engm-approx, a fit at each step = engm, bound by a number": lambda: (
         trainer("engm-approx", gradient={"refit": 1, "bound": 0.5}),
         trainer("engm", gradient={"bound": 0.5}),
     ),

@@ -35,7 +35,7 @@ from robustlab.types import Alone, Threat, walk, with_threat
 STEPS, BATCH = 3, 32
 TRAINERS = sorted(entries("trainer"))
 COUPLED = {n for n in TRAINERS if any(getattr(p, "coupled", False) for p in walk(config.build("trainer", n)))}
-CASES = [*((name, 1) for name in TRAINERS), ("awp", 2), ("trades", 2)]  # with their micro-batches per process
+CASES = [*((name, 1) for name in TRAINERS), ("awp", 2), ("engm", 2), ("trades", 2)]  # with their micro-batches per process
 GRADIENT = 1000  # a message this long is a gradient; loss terms are shorter
 
 
@@ -178,8 +178,8 @@ def test_gradients_are_synchronised_once_a_step(two, name, parts):
         gradients = [{k: n for k, n in step.items() if "gradients" in k} for step in counts[f"{name}.{parts}"]]
         numbers = [{k: n for k, n in step.items() if "numbers" in k} for step in counts[f"{name}.{parts}"]]
         assert gradients == [{k: n for k, n in messages.items() if "gradients" in k}] * STEPS
-        if method.gradient.name == "engm-approx":  # a fit is made together
-            assert [sum(n.values()) for n in numbers] == [1, 0, 0]
+        if method.gradient.name in ("engm", "engm-approx"):  # the mean length is that of all samples, and a fit is made together
+            assert [sum(n.values()) for n in numbers] == ([1, 1, 1] if method.gradient.name == "engm" else [2, 1, 1])
         else:
             assert numbers == [{k: n for k, n in messages.items() if "numbers" in k}] * STEPS
 

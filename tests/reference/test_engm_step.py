@@ -36,28 +36,31 @@ def update(x_adv, label, share, w, stats, velocity):
 
 
 def clip(n, bound):
-    return torch.tensor([min(1.0, bound / float(v)) for v in n], dtype=torch.float64)
+    """min(1, beta / n_i); beta is the mean of the n_i, or a number."""
+    beta = sum(float(v) for v in n) / len(n) if bound == "mean" else bound
+    return torch.tensor([min(1.0, beta / float(v)) for v in n], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("bound", [None, 0.5])
-def test_engm_is_the_formula(bound):
-    """``None``: the preset as shipped."""
+@pytest.mark.parametrize("fields", [{}, {"gradient": {"bound": 0.5}}])
+def test_engm_is_the_formula(fields):
+    """As shipped, and with a bound that is a number."""
+    bound = fields["gradient"]["bound"] if fields else "mean"
     seen = []
 
     def step(w, stats, velocity, x, label, draws, number):
         x_adv, _ = attacked(x, label, draws, w, stats)
-        share = clip(norms(x_adv, label, w, stats), bound or 1.0)
+        share = clip(norms(x_adv, label, w, stats), bound)
         seen.extend(share.tolist())
         return update(x_adv, label, share, w, stats, velocity)
 
-    follow("engm", {"gradient": {"bound": bound}} if bound else {}, step)
+    follow("engm", fields, step)
     assert min(seen) < 1
 
 
-@pytest.mark.parametrize("memory", [0.0, 0.8])
-def test_engm_approx_is_the_formula(memory):
+@pytest.mark.parametrize(("bound", "memory"), [("mean", 0.5), (1.5, 0.0), (1.5, 0.8)])
+def test_engm_approx_is_the_formula(bound, memory):
     """Refitted every second step; between the fits the lengths are those of the line."""
-    bound, line = 1.5, []
+    line = []
 
     def step(w, stats, velocity, x, label, draws, number):
         x_adv, g = attacked(x, label, draws, w, stats)
