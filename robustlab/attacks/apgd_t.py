@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from robustlab import losses
-from robustlab.attacks.apgd import Leaving, Settings, begin_at, climb, nothing_found, take_in
+from robustlab.attacks.apgd_walk import Leaving, Settings, begin_at, climb, nothing_found, take_in
 from robustlab.attacks.steps import fooled, passes, threat_of
 from robustlab.registry import register
 from robustlab.rng import Rng
@@ -95,7 +95,7 @@ class APGDTargeted(Attack):
 def side_by_side(
     f: Classifier, x: Tensor, y: Tensor, targets: Tensor, settings: Settings, sources: Sequence[Rng]
 ) -> Iterator[Leaving]:
-    """Searches towards the targets (n, T) of each sample, as :func:`apgd.climb` with T siblings; starts come from T sources."""
+    """Searches towards the targets (n, T) of each sample: :func:`apgd_walk.climb` with T siblings, starts from T sources."""
     count = targets.shape[1]
     start = torch.stack([begin_at(x, settings.norm, settings.eps, source) for source in sources], 1).flatten(0, 1)
     x, y = x.repeat_interleave(count, 0), y.repeat_interleave(count, 0)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from robustlab import geometry, losses
-from robustlab.attacks.apgd import LOSSES, Leaving, Settings, begin_at, climb, foremost, nothing_found
+from robustlab.attacks.apgd import LOSSES
 from robustlab.attacks.apgd_t import side_by_side
+from robustlab.attacks.apgd_walk import Leaving, Settings, begin_at, climb, foremost, nothing_found
 from robustlab.attacks.steps import Point, input_gradient, passes, put_better, threat_of
 from robustlab.attacks.targeted_all import ranked_targets
 from robustlab.registry import register

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from robustlab import geometry
-from robustlab.attacks import apgd, square_windows
+from robustlab.attacks import apgd, apgd_walk, square_windows
 from robustlab.attacks.fab import FAB
 from robustlab.attacks.pgd import PGD
 from robustlab.rng import Rng
@@ -119,7 +119,7 @@ def test_the_other_versions_have_the_reference_s_verdicts(trained, version):
 def test_fab_finds_the_reference_s_distances(trained, norm, targeted):
     """Neither side stops at a radius: theirs is given the whole box."""
     f, x, y = (trained[0], *(t[:40] for t in trained[1:]))
-    attack = FAB(norm=norm, steps=20, targeted=targeted, n_targets=4)
+    attack = FAB(norm=norm, steps=20, targeted=targeted, n_targets=4, refine=0)
     _, info = attack.run(f, x, one_hot(y, 10), Rng(0).at(torch.arange(len(x))))
     run = reference(f, 10, Threat(norm, 1.0 if norm == "linf" else 1e-9), "standard", 0, steps=20)
     run.fab.n_target_classes = 4
@@ -154,9 +154,9 @@ def test_apgd_in_l1_follows_the_reference_step_by_step(trained, monkeypatch):
     monkeypatch.setattr(autopgd_base, "L0_norm", lambda d: (d.abs() > 2e-6).flatten(1).sum(1))
     start = geometry.project(x + torch.randn_like(x), x, "l1", eps)
     nowhere = torch.zeros(len(x), dtype=torch.long)
-    settings = apgd.Settings("l1", eps, 40)
+    settings = apgd_walk.Settings("l1", eps, 40)
     target = one_hot(y, 10, x.dtype)
-    ((s, _, cost),) = apgd._search(f, x, target, nowhere, apgd.LOSSES["ce"], settings, start, leave=False)
+    ((s, _, cost),) = apgd_walk._search(f, x, target, nowhere, apgd.LOSSES["ce"], settings, start)
     torch.set_default_dtype(torch.float64)
     try:
         theirs = autopgd_base.APGDAttack(f, n_iter=40, norm="L1", eps=eps, loss="ce", device="cpu")
