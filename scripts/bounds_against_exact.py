@@ -3,8 +3,8 @@
     python scripts/bounds_against_exact.py runs/compare-digits --out bounds.json
 
 For each run under FOLDER/runs whose best checkpoint has a ledger of `autoattack` under FOLDER/evaluations, the suites are run on
-the same images with the same seed, without an audit. Missed: robust under the cheap suite, broken under the exact one. The JSON file is
-written after every run; what it holds is not repeated.
+the same images with the same seed, without an audit. Missed: robust under the cheap suite, broken under the exact one. The JSON
+file is written after every run; what it holds is not repeated.
 """
 
 from __future__ import annotations
