@@ -93,7 +93,7 @@ def test_hop_skip_jump_at_the_bounds_of_the_box(norm, classes):
     assert float((info["distance"] / size.amin(0)).min()) >= 1 - 1e-9
     reached = size.gather(0, f(x_adv).argmax(1)[None] - 1)[0]
     assert float((info["distance"] / reached).max()) < 1.01
-    assert float((reached / size.amin(0)).max()) < 1.05  # the second nearest of nine, at worst
+    assert float((reached / size.amin(0)).median()) < 1.01  # most end at the nearest facet
 
 
 def test_more_questions_come_nearer():
