@@ -13,15 +13,16 @@ from scipy.optimize import brentq, linprog
 from torch import nn
 
 from robustlab import config, geometry
-from robustlab.attacks import square_walk, square_windows
+from robustlab.attacks import apgd_t, apgd_walk, square_walk, square_windows
 from robustlab.attacks.apgd import APGD
 from robustlab.attacks.apgd_t import APGDTargeted, targets_of
 from robustlab.attacks.fab import FAB
+from robustlab.attacks.screen import Screen
 from robustlab.attacks.square import Square
 from robustlab.evaluation.counting import Counter
 from robustlab.evaluation.runner import evaluate
 from robustlab.rng import Rng
-from robustlab.types import Threat, one_hot
+from robustlab.types import Threat, one_hot, with_rows
 
 EPS = {"linf": 0.06, "l2": 0.5, "l1": 2.0}
 NORMS = list(EPS)
@@ -81,6 +82,46 @@ def test_passes_for_a_sample_that_nothing_breaks(suite, norm, costs):
             assert counted[1] == 0
         else:
             assert counted == (forwards, backwards)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_targets_side_by_side_find_what_they_find_one_by_one(norm):
+    """The same samples are broken; one that is not gets the point of largest loss of all its searches."""
+    f, x = net(5, (2, 8, 8)), images(24, (2, 8, 8))
+    y, rng = f(x).argmax(1), Rng(0).at(torch.arange(24))
+    eps, target = 0.7 * EPS[norm], one_hot(y, 5, x.dtype)
+    attack = APGDTargeted(norm=norm, eps=eps, steps=10, n_targets=3)
+    together, _ = attack.run(f, x, target, rng)
+    missed = f(together).argmax(1) != y
+    alone, best = torch.zeros_like(missed), torch.full((24,), -torch.inf, dtype=x.dtype)
+    for t, towards in enumerate(targets_of(f(x), target, 3).unbind(1)):
+        source = rng.child("target", t, "restart", 0, "start")
+        for s, point, _ in apgd_t.side_by_side(f, x, target, towards[:, None], apgd_walk.Settings(norm, eps, 10), [source]):
+            alone[s.row] |= point.fooled
+            best[s.row] = torch.maximum(best[s.row], point.value)
+    assert 0 < int(alone.sum()) < 24
+    assert torch.equal(missed, alone)
+    reached = torch.stack([apgd_t.loss(f(together), target, t) for t in targets_of(f(x), target, 3).unbind(1)]).amax(0)
+    torch.testing.assert_close(reached[~missed], best[~missed])
+
+
+@pytest.mark.parametrize("attack", [APGDTargeted(steps=6, n_targets=3), FAB(targeted=True, steps=4, n_targets=3), Screen(steps=6)])
+def test_how_many_rows_go_at_once_changes_nothing(attack):
+    f, x = net(5, (2, 8, 8)), images(14, (2, 8, 8))
+    y, most, results = f(x).argmax(1), [], []
+    for rows in (None, 1, 7, 1000):
+
+        def watched(v, seen=most):
+            seen[-1] = max(seen[-1], len(v))
+            return f(v)
+
+        most.append(0)
+        tried = with_rows(dataclasses.replace(attack, norm="linf", eps=0.4 * EPS["linf"]), rows)
+        results.append(tried.run(watched, x, one_hot(y, 5, x.dtype), Rng(0).at(torch.arange(14))))
+    for x_adv, info in results[1:]:
+        torch.testing.assert_close(x_adv, results[0][0])
+        assert torch.equal(info["passes"], results[0][1]["passes"])
+    assert most[3] > 14 >= most[0], "all targets of all samples at once, where there is room"
 
 
 @pytest.mark.parametrize("attack", [APGD(), APGDTargeted(), FAB(targeted=True), FAB(restarts=3), Square()], ids=lambda a: a.name)
