@@ -51,15 +51,27 @@ class Engm(GradientRule):
 
     def __call__(self, f: nn.Module, loss: Any, shards: Sequence[Shard], rng: Rng) -> dict[str, Tensor]:
         norms = [sample_gradient_norms(loss, shard, self.chunk) for shard in shards]
-        return backward(loss, shards, shares=clipping(norms, self.bound, loss.world))
+        return backward(loss, shards, shares=clipping(norms, self.bound, loss.world, counts(shards, norms)))
 
 
-def clipping(norms: Sequence[Tensor], bound: float | str | None, world: World) -> list[Tensor]:
-    """min(1, beta / norm), (N,) for each shard; a mean is that of all shards of all processes."""
+def clipping(
+    norms: Sequence[Tensor], bound: float | str | None, world: World, weights: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """min(1, beta / norm), (N,) for each shard; a mean is that of all shards of all processes, by the samples' weights."""
     if bound is None:
         return [torch.ones_like(n) for n in norms]
     if bound == "mean":
-        (beta,) = world.mean_([torch.stack([n.mean() for n in norms]).mean()])
+        weights = weights or [torch.ones_like(n) for n in norms]
+        total = torch.stack([(w * n).mean() for w, n in zip(weights, norms, strict=True)]).mean()
+        count = torch.stack([w.mean() for w in weights]).mean()
+        total, count = world.mean_([total, count])
+        beta = total / count.clamp_min(torch.finfo(count.dtype).tiny)
     else:
         beta = torch.as_tensor(bound, dtype=norms[0].dtype, device=norms[0].device)
     return [torch.where(n > beta, beta / n, 1.0) for n in norms]
+
+
+def counts(shards: Sequence[Shard], norms: Sequence[Tensor]) -> list[Tensor]:
+    """How much each sample counts, (N,) for each shard: the weights of its views."""
+    given = [next((v.weight for v in views.values() if v.weight is not None), None) for views, _ in shards]
+    return [torch.ones_like(n) if w is None else w.to(n) for w, n in zip(given, norms, strict=True)]

@@ -28,7 +28,7 @@ from robustlab.outer import backward, sample_gradient_norms, sample_losses
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Context, Count, GradientRule, NonNegative, OpenFraction, Shard, World
-from robustlab.weight_perturbation.engm import clipping
+from robustlab.weight_perturbation.engm import clipping, counts
 
 
 class Line(nn.Module):
@@ -73,7 +73,7 @@ class EngmApprox(GradientRule):
             else:
                 n = (state.line[0] * g + state.line[1]).clamp_min(0).to(shard[0][self.on].x.dtype)
             norms.append(n)
-        return backward(loss, shards, shares=clipping(norms, self.bound, loss.world))
+        return backward(loss, shards, shares=clipping(norms, self.bound, loss.world, counts(shards, norms)))
 
     def slopes(self, loss: Any, shard: Shard) -> Tensor:
         """The gradient of each sample's loss at its image (N, C, H, W): the attack's last, else a new one."""
