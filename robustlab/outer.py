@@ -238,15 +238,14 @@ def gradient_at(loss: Any, shards: Sequence[Shard], leaves: Sequence[Tensor], on
 
     ``.grad`` and BatchNorm's statistics stay as they are. ``only`` selects terms by name.
     """
-    out = [torch.zeros_like(p) for p in leaves]
+    out: list[Tensor] = []
     for shard in shards:
         value, terms = loss(shard, stats=False, sync=False)
         if only:
             value = total({k: t for k, t in terms.items() if k in only})
-        for o, g in zip(out, torch.autograd.grad(value / len(shards), leaves, allow_unused=True), strict=True):
-            if g is not None:
-                o.add_(g)
-    return list(loss.world.mean_(out))
+        grads = torch.autograd.grad(value / len(shards), leaves, allow_unused=True, materialize_grads=True)
+        out = [o + g for o, g in zip(out, grads, strict=True)] if out else list(grads)
+    return out if loss.world.size == 1 else list(loss.world.mean_([g.clone() for g in out]))  # in place: autograd may share memory
 
 
 class SampleForward:
