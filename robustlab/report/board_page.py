@@ -164,7 +164,9 @@ def _plot(number: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
         text_y = y + 4
         while any(abs(text_y - b) < 12 and abs(x - a) < 110 for a, b in placed):
             text_y += 12
-        placed.append((x, text_y))
+        near = text_y - y <= 28  # a name farther down would stand at other points; a crowd keeps its tooltips
+        if near:
+            placed.append((x, text_y))
         left = x > WIDTH * 0.75
         known = row["low"] is not None
         interval = f" [{percent(row['low'])}, {percent(row['high'])}]" if known else ""
@@ -179,7 +181,7 @@ def _plot(number: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | No
                 "shift": -9 if left else 9,
                 "anchor": "end" if left else "start",
                 "measured": row["provenance"] == "ours",
-                "name": row["model"],
+                "name": row["model"] if near else "",
                 "title": f"{row['model']}: clean {percent(row['clean'])}, robust {percent(row['robust'])}{interval}",
             }
         )

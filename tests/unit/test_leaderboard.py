@@ -423,3 +423,14 @@ def test_an_audit_that_does_not_add_up_is_refused(tmp_path):
     (tmp_path / "record.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"threats\.0\.audit"):
         read_record(tmp_path / "record.json")
+
+
+def test_names_in_a_crowded_plot_stay_at_their_points():
+    from robustlab.report.board_page import _plot
+
+    row = {"clean": 0.99, "robust": 0.1, "low": 0.08, "high": 0.13, "provenance": "ours"}
+    plot = _plot(0, [row | {"model": f"m{i}"} for i in range(20)])
+    assert all(p["text_y"] - p["y"] <= 28 for p in plot["points"] if p["name"])
+    assert [p["name"] for p in plot["points"]][:3] == ["m0", "m1", "m2"]
+    assert not plot["points"][-1]["name"]
+    assert "m19" in plot["points"][-1]["title"]
