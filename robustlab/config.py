@@ -111,7 +111,7 @@ class Training:
         accumulation: micro-batches per step.
         clip_grad: largest total gradient norm, or null.
         precision: of the forward passes; ``bf16`` is autocast.
-        channels_last: memory format of model and images.
+        channels_last: memory format of model and images; the faster one for most convolutional nets.
         compile: run the model through torch.compile.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         threads: CPU threads, or null for torch's own choice.
@@ -125,7 +125,7 @@ class Training:
     accumulation: Count = 1
     clip_grad: Positive | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    channels_last: bool = False
+    channels_last: bool = True
     compile: bool = False
     device: str = "auto"
     threads: Annotated[int, annotated_types.Ge(1), annotated_types.Le(4096)] | None = None
