@@ -216,8 +216,7 @@ def train(
         check_same(config, read_state_meta(state)["config"], state)
     elif not resume and (state.exists() or (out / "metrics.jsonl").exists()):
         raise UserError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
-    f = f.to(device, memory_format=torch.channels_last if config.training.channels_last else torch.preserve_format)
-    trainer = complete_trainer(config)
+    f, trainer = f.to(device), complete_trainer(config)
 
     def export(path: Path, model: nn.Module, metrics: dict[str, Any]) -> None:
         save_checkpoint(path, model, export_meta(config, splits, trainer, metrics, config_path, digest))
@@ -258,7 +257,7 @@ def dry_run(config: Config) -> dict[str, Any]:
     Returns:
         ``parameters``, ``images``, ``steps`` per epoch, ``forwards`` and ``backwards`` per sample and step, ``seconds`` in all.
     """
-    from robustlab.training.loop import complete_trainer, loader, plan_of, samples
+    from robustlab.training.loop import complete_trainer, loader, placed, plan_of, samples
     from robustlab.training.step import check_shards, train_step
     from robustlab.types import Alone
 
@@ -266,13 +265,12 @@ def dry_run(config: Config) -> dict[str, Any]:
         torch.set_num_threads(config.training.threads)
     device = torch_device(config.training.device)
     config, splits, f = prepare(config)
-    t = config.training
-    f = f.to(device, memory_format=torch.channels_last if t.channels_last else torch.preserve_format)
+    f, t = f.to(device), config.training
     check_shards(config.trainer, t.accumulation)
     plan = plan_of(config, splits, Alone())
     trainer = complete_trainer(config).at(0, t.epochs)
     ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, batch_size=plan.size)
-    outer = Outer(f, trainer, ctx, t.precision).to(device)
+    outer = placed(Outer(f, trainer, ctx, t.precision), t, device)
     optimizer = config.optimizer.build(outer.parameters())
     rng = Rng(config.seed)
     batches = loader(splits, plan, rng, 0, device, t.channels_last)

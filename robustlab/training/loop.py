@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robustlab.config import Config, build, dump
+from robustlab.config import Config, Training, build, dump
 from robustlab.files import sweep
 from robustlab.outer import Outer, context_of
 from robustlab.rng import Rng
@@ -107,7 +107,7 @@ def fit(
     plan = plan_of(config, splits, world)
     length = {"batch_size": plan.size, "steps": plan.steps * t.epochs, "epochs": t.epochs}
     ctx = context_of(f, splits.num_classes, samples(splits), splits.image_shape, **length)
-    outer = Outer(f, trainer.at(0, t.epochs), ctx, t.precision, world).to(device)
+    outer = placed(Outer(f, trainer.at(0, t.epochs), ctx, t.precision, world), t, device)
     optimizer = config.optimizer.build(outer.parameters())
     state_path = folder / "state.safetensors"
     start, best, metrics, seen, watched = 0, {}, {}, 0, dict(UNWATCHED)
@@ -296,6 +296,12 @@ def plan_of(config: Config, splits: Splits, world: World) -> Plan:
 def samples(splits: Splits) -> int:
     """How many images a run can meet: those for training, then the extra ones."""
     return len(splits.train) + (len(splits.extra) if splits.extra is not None else 0)
+
+
+def placed(outer: Outer, t: Training, device: torch.device) -> Outer:
+    """The classifier and all that learns with it, on the device and in the memory format that was asked for."""
+    layout = torch.channels_last if t.channels_last else torch.preserve_format
+    return outer.to(device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
 def loader(splits: Splits, plan: Plan, rng: Rng, epoch: int, device: torch.device, channels_last: bool = False) -> Iterator[Views]:
