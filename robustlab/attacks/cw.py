@@ -23,7 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, Weight, wide
+from robustlab.attacks.minimum import Adam, MinimumNorm, Weight
+from robustlab.attacks.nearest import Nearest, wide
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Classifier, Count, NonNegative, Norm, Positive, Whole
@@ -46,7 +47,7 @@ class CW(MinimumNorm):
         rate: Adam's step size.
         c: the first weight of the margin.
         targeted: y is the class to reach.
-        refine: bisections at the end (see ``minimum``), one forward pass each.
+        refine: bisections at the end (see ``refine.py``), one forward pass each.
     """
 
     norms = ("l2",)

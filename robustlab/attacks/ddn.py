@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import MinimumNorm, Nearest, cosine, wide
+from robustlab.attacks.minimum import MinimumNorm, cosine
+from robustlab.attacks.nearest import Nearest, wide
 from robustlab.attacks.steps import input_gradient, objective, passes
 from robustlab.geometry import norm_of, steepest
 from robustlab.registry import register
@@ -40,7 +41,7 @@ class DDN(MinimumNorm):
         gamma: the rate at which the radius changes; also about the relative error of the norm when the steps are few.
         start_radius: r_0.
         targeted: y is the class to reach.
-        refine: bisections at the end (see ``minimum``), one forward pass each.
+        refine: bisections at the end (see ``refine.py``), one forward pass each.
     """
 
     norms = ("l2",)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustlab import geometry
-from robustlab.attacks.minimum import wide
+from robustlab.attacks.nearest import wide
 from robustlab.rng import Rng
 from robustlab.types import Classifier
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import MinimumNorm, Nearest
+from robustlab.attacks.minimum import MinimumNorm
+from robustlab.attacks.nearest import Nearest
 from robustlab.geometry import norm_of, to_hyperplane
 from robustlab.registry import register
 from robustlab.rng import Rng
@@ -42,7 +43,7 @@ class DeepFool(MinimumNorm):
         steps: at most.
         candidates: the other classes that are tried: those with the largest logits at the image.
         overshoot: eta. It decides where a step ends; the norm found is that of the boundary behind it, by ``refine``.
-        refine: bisections at the end (see ``minimum``), one forward pass each.
+        refine: bisections at the end (see ``refine.py``), one forward pass each.
     """
 
     norm: Norm | None = None

@@ -26,7 +26,8 @@ import math
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import MinimumNorm, Nearest, Weight
+from robustlab.attacks.minimum import MinimumNorm, Weight
+from robustlab.attacks.nearest import Nearest
 from robustlab.attacks.steps import input_gradient, passes
 from robustlab.geometry import prox
 from robustlab.registry import register
@@ -50,7 +51,7 @@ class EAD(MinimumNorm):
         beta: weight of the l1 norm.
         c: the first weight of the margin.
         targeted: y is the class to reach.
-        refine: bisections at the end (see ``minimum``), one forward pass each.
+        refine: bisections at the end (see ``refine.py``), one forward pass each.
     """
 
     norms = ("l1",)

@@ -18,7 +18,7 @@ Differences from the authors' code:
 - Further restarts begin at half the radius eps, as theirs, or of the smallest norm found where there is no eps (there a constant).
 - The projection on the hyperplane is exact to rounding, and where coordinates of w are tiny too.
 - The authors' final search along the line to the original point is not in their AutoAttack. Here, without an eps, the last step of
-  the other attacks for the smallest perturbation (``minimum``) takes its place: s is chosen by the distance without the box, so
+  the other attacks for the smallest perturbation (``refine.py``) takes its place: s is chosen by the distance without the box, so
   that with images near their bounds another boundary may be nearer, by up to 20 % on linear classifiers.
 """
 
@@ -32,7 +32,8 @@ from torch import Tensor
 
 from robustlab import geometry
 from robustlab.attacks.apgd_t import targets_of
-from robustlab.attacks.minimum import Nearest, shrink
+from robustlab.attacks.nearest import Nearest
+from robustlab.attacks.refine import shrink
 from robustlab.attacks.steps import fooled, passes, threat_of
 from robustlab.registry import register
 from robustlab.rng import Rng
@@ -53,7 +54,7 @@ class FAB(Attack):
         steps: iterations per run.
         targeted: one run for each of the most likely wrong classes.
         n_targets: how many of these, or all if there are fewer.
-        refine: without an eps, bisections at the end; see ``minimum``.
+        refine: without an eps, bisections at the end; see ``refine.py``.
         rows: images in one pass, at most (but one sample's targets stay together); None: as many as there are samples.
         restarts: runs; the first starts at the image, the others at random points around it.
         alpha_max: the largest weight of the original point's projection.

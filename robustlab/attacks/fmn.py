@@ -27,7 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import MinimumNorm, Nearest, cosine
+from robustlab.attacks.minimum import MinimumNorm, cosine
+from robustlab.attacks.nearest import Nearest
 from robustlab.attacks.steps import input_gradient, passes
 from robustlab.geometry import DUAL, linear_max, norm_of, project, project_ball, steepest
 from robustlab.registry import register
@@ -48,7 +49,7 @@ class FMN(MinimumNorm):
         alpha, alpha_last: first and last step size, in l2.
         gamma, gamma_last: first and last rate of the radius.
         targeted: y is the class to reach.
-        refine: bisections at the end, one forward pass each; l0: pixels taken back at most (see ``minimum``).
+        refine: bisections at the end, one forward pass each; l0: pixels taken back at most (see ``refine.py``).
     """
 
     norms = ("linf", "l2", "l1", "l0")

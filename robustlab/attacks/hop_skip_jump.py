@@ -41,7 +41,7 @@ from torch import Tensor
 
 from robustlab import geometry
 from robustlab.attacks.decisions import Oracle, bisect, boundary_points, tolerance, way
-from robustlab.attacks.minimum import wide
+from robustlab.attacks.nearest import wide
 from robustlab.registry import register
 from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm

@@ -29,7 +29,8 @@ import math
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, wide
+from robustlab.attacks.minimum import Adam, MinimumNorm
+from robustlab.attacks.nearest import Nearest, wide
 from robustlab.attacks.steps import input_gradient, passes
 from robustlab.geometry import norm_of, prox
 from robustlab.registry import register
@@ -53,7 +54,7 @@ class PDPGD(MinimumNorm):
         average: how much of the average of the multipliers is kept at each step.
         inner_steps, inner_change: of the proximal problem: steps at most, and the relative change of d at which they end.
         targeted: y is the class to reach.
-        refine: bisections at the end (see ``minimum``), one forward pass each.
+        refine: bisections at the end (see ``refine.py``), one forward pass each.
     """
 
     norms = ("linf", "l2", "l1")

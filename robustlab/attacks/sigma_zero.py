@@ -18,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from robustlab.attacks.minimum import Adam, MinimumNorm, Nearest, cosine, wide
+from robustlab.attacks.minimum import Adam, MinimumNorm, cosine
+from robustlab.attacks.nearest import Nearest, wide
 from robustlab.attacks.steps import input_gradient, passes
 from robustlab.registry import register
 from robustlab.rng import Rng
@@ -41,7 +42,7 @@ class SigmaZero(MinimumNorm):
         tau: first threshold.
         tau_step: t, change of the threshold per step and step size.
         targeted: y is the class to reach.
-        refine: pixels taken back at the end, at most (see ``minimum``).
+        refine: pixels taken back at the end, at most (see ``refine.py``).
     """
 
     norms = ("l0",)
