@@ -69,7 +69,7 @@ def test_follows_the_reference_step_by_step(trained, monkeypatch, norm, eps, los
     f, x, y = trained
     x, y = (0.2 * x + 0.4).double()[:200], y[:200]
     f = nn.Sequential(_Widen(), copy.deepcopy(f)).double().eval()
-    starts, begin, record = [], apgd_walk._begin, apgd_walk._record
+    starts, begin, record = [], apgd_walk.begin, apgd_walk.record
 
     def begin_and_remember(*args):
         state = begin(*args)
@@ -81,8 +81,8 @@ def test_follows_the_reference_step_by_step(trained, monkeypatch, norm, eps, los
         if first:
             s.value = torch.zeros_like(value)
 
-    monkeypatch.setattr(apgd_walk, "_begin", begin_and_remember)
-    monkeypatch.setattr(apgd_walk, "_record", record_with_the_quirk)
+    monkeypatch.setattr(apgd_walk, "begin", begin_and_remember)
+    monkeypatch.setattr(apgd_walk, "record", record_with_the_quirk)
     ours = APGD(norm=norm, eps=0.2 * eps, loss=loss)(f, x, y, seed=1)
     torch.set_default_dtype(torch.float64)
     try:
@@ -109,5 +109,5 @@ def test_checkpoints_are_those_of_the_paper():
     while p[-1] < 100:
         p.append(p[-1] + max(p[-1] - p[-2] - 3, 6))
     expected = [w for w in p[1:] if w <= 100]
-    assert list(apgd_walk._checkpoints(100)) == expected == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert list(apgd_walk._checkpoints(100).values()) == [22, 19, 16, 13, 10, 7, 6, 6]
+    assert list(apgd_walk.checkpoints(100)) == expected == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert list(apgd_walk.checkpoints(100).values()) == [22, 19, 16, 13, 10, 7, 6, 6]
