@@ -30,7 +30,7 @@ IMAGES = 200  # of the test split, in every probe
 SETTINGS: dict[str, dict[str, Any]] = {
     f"digits-{eps:g}-w{width}-lr{lr:g}": {"eps": eps, "width": width, "lr": lr, "epochs": 60}
     for eps in (0.15, 0.2, 0.25)
-    for width in (16, 24)
+    for width in (16, 24, 32, 48)
     for lr in (0.1, 0.2, 0.4)
 }
 

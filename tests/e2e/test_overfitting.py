@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SETTING = "digits-0.2-w24-lr0.2"
+SETTING = "digits-0.2-w48-lr0.2"
 
 
 @pytest.fixture(scope="module")
