@@ -13,7 +13,7 @@ from scipy.optimize import brentq, linprog
 from torch import nn
 
 from robustlab import config, geometry
-from robustlab.attacks import apgd_t, apgd_walk, square_walk, square_windows
+from robustlab.attacks import apgd_t, apgd_walk, square_proposals, square_walk, square_windows
 from robustlab.attacks.apgd import APGD
 from robustlab.attacks.apgd_t import APGDTargeted, targets_of
 from robustlab.attacks.fab import FAB
@@ -357,7 +357,7 @@ def test_square_skips_only_what_changes_nothing(monkeypatch):
     y = f(x).argmax(1)
     attack = Square(norm="linf", eps=0.02, queries=300)
     lean, cheap, _ = attack_counted(attack, f, x, y)
-    propose = square_windows.propose
+    propose = square_proposals.propose
 
     def never_the_same(*args):
         new, moved = propose(*args)
@@ -418,12 +418,15 @@ def test_speculating_alone_takes_a_fraction_of_the_calls():
 def test_square_windows_lie_in_the_image_reach_every_edge_and_differ_between_samples(shape, s):
     n, (c, h, w) = 4000, shape
     u = Rng(0).at(torch.arange(n)).uniform((2,), dtype=torch.float64)
-    mask = torch.zeros(n, c * h * w).scatter_(
-        1, square_windows.window(torch.Size((n, *shape)), s, u[:, 0], u[:, 1]).flatten(1), 1.0
-    )
+    at = square_windows.window(torch.Size((n, *shape)), s, u[:, 0], u[:, 1])
+    mask = torch.zeros(n, c * h * w).scatter_(1, at.flatten(1), 1.0)
     mask = mask.view(n, *shape)
     assert bool((mask.flatten(1).sum(1) == c * s * s).all())
     rows, columns = mask[:, 0].amax(2), mask[:, 0].amax(1)
+    draws = torch.cat([u, u.new_zeros(n, 3 + c)], 1)[:, None]
+    moves = square_proposals.moves("linf", draws, torch.tensor([s]), torch.Size((n, *shape)))
+    for seen, told in zip((rows, columns), moves[:2], strict=True):
+        assert torch.equal(seen.bool(), told[:, 0])
     assert bool((rows.sum(1) == s).all())
     assert bool((columns.sum(1) == s).all())
     places = torch.stack([rows.argmax(1), columns.argmax(1)], 1)
@@ -446,7 +449,7 @@ def test_square_window_sides_follow_the_schedule():
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 5, 9), (2, 3, 2), (1, 1, 1)])
 def test_square_starts_at_the_radius(norm, shape):
     x = torch.full((20, *shape), 0.5, dtype=torch.float64)
-    start = square_windows.tiles(x, norm, 0.3, Rng(0).at(torch.arange(20)))
+    start = square_proposals.tiles(x, norm, 0.3, Rng(0).at(torch.arange(20)))
     torch.testing.assert_close(geometry.norm_of(start - x, norm), torch.full((20,), 0.3, dtype=torch.float64))
     assert len({p.numpy().tobytes() for p in start}) > 1
 
@@ -455,8 +458,8 @@ def test_square_starts_at_the_radius(norm, shape):
 def test_square_proposals_spend_the_radius(norm):
     x = torch.full((50, 2, 9, 9), 0.5, dtype=torch.float64)
     rng = Rng(0).at(torch.arange(50))
-    best = square_windows.tiles(x, norm, 0.3, rng)
-    new = square_windows.between_windows(norm, x, best, 0.3, 3, rng.child("q").uniform((7,), dtype=torch.float64))
+    best = square_proposals.tiles(x, norm, 0.3, rng)
+    new = square_proposals.between_windows(norm, x, best, 0.3, 3, rng.child("q").uniform((7,), dtype=torch.float64))
     torch.testing.assert_close(geometry.norm_of(new - x, norm), torch.full((50,), 0.3, dtype=torch.float64))
     assert bool((new != best).flatten(1).any(1).all())
 

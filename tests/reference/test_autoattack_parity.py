@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from robustlab import geometry
-from robustlab.attacks import apgd, apgd_walk, square_windows
+from robustlab.attacks import apgd, apgd_walk, square_proposals, square_windows
 from robustlab.attacks.fab import FAB
 from robustlab.attacks.pgd import PGD
 from robustlab.rng import Rng
@@ -66,10 +66,10 @@ def side_by_side(f, x, y, norm, name, seeds=(0, 1)):
 def one_short(shape, s, u, v):
     """Windows as the reference draws them: never in the last row or column."""
     h, w = shape[-2:]
-    return square_window(shape, s, u * (h - s) / (h - s + 1), v * (w - s) / (w - s + 1))
+    return square_corner(shape, s, u * (h - s) / (h - s + 1), v * (w - s) / (w - s + 1))
 
 
-square_window = square_windows.window
+square_corner = square_windows.corner
 
 
 @pytest.mark.parametrize("norm", EPS)
@@ -78,7 +78,7 @@ def test_each_component_has_the_reference_s_verdicts(trained, name, norm, monkey
     f, x, y = trained
     if name == "fab-t" and norm != "linf":
         x, y = x[:60], y[:60]
-    monkeypatch.setattr(square_windows, "window", one_short)
+    monkeypatch.setattr(square_windows, "corner", one_short)
     figures = side_by_side(f, x, y, norm, name)
     assert abs(figures["difference"]) <= 0.02 + 0.01 * (name == "square")
     assert figures["agreement"] >= min(figures["own_agreement"].values()) - 0.02  # of either side: two seeds are a small sample
@@ -195,7 +195,7 @@ def test_square_proposes_what_the_reference_proposes(norm, monkeypatch):
         theirs.perturb(x, torch.tensor([0]))
     starts = [i for i, (name, _) in enumerate(drawn) if name == "random_int"][:: 2 if norm == "linf" else 4]
     assert len(starts) == queries
-    pattern = None if norm == "linf" else square_windows.pattern_of(s, norm)[1].float()
+    pattern = None if norm == "linf" else square_proposals.pattern_of(s, norm)[1].float()
     for q, first in enumerate(starts):
         places = [float(v) for name, v in drawn[first : first + 9] if name == "random_int"]
         if norm == "linf":
@@ -206,7 +206,8 @@ def test_square_proposes_what_the_reference_proposes(norm, monkeypatch):
         u = [*((p + 0.5) / (10 - s + 1) for p in places), 0.25 if turned else 0.75, *(0.25 if v < 0 else 0.75 for v in sign)]
         u = torch.tensor([u], dtype=torch.float64)
         best = images[q + 1]
-        new = square_windows.propose(norm, x, best, EPS[norm], s, u)[0]
+        move = (v[:, 0] for v in square_proposals.moves(norm, u[:, None], torch.tensor([s]), x.shape))
+        new = square_proposals.propose(norm, square_proposals.ground(x, norm, EPS[norm]), best, EPS[norm], s, tuple(move))[0]
         torch.testing.assert_close(new, images[q + 2], atol=2e-5, rtol=0)
         assert not torch.equal(new, best)
 
