@@ -79,6 +79,48 @@ def test_the_copy_computes_the_same(name, n):
     assert all(p.requires_grad and p.grad is None for p in f.parameters()), "the original is as it was"
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 28, 28)])
+def test_gradients_come_through_a_flattening_channels_last(shape):
+    """The pooling in front of it gets them in the layout that it computed in; curvature passes too."""
+    f = small()
+    g, x = prepare(f, images(4, shape)), images(5, shape)
+    seen = []
+    g.full.pool.register_full_backward_hook(lambda m, into, out: seen.append(out[0].is_contiguous(memory_format=torch.channels_last)))
+    gradient(g.full, x)
+    assert seen == [True]
+    v, products = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), []
+    for h in (build("small_cnn", in_channels=3, activation="silu"), None):
+        f = h if h is not None else f
+        h = f if h is not None else prepare(f, x).full
+        u = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(h(u).logsumexp(1).sum(), u, create_graph=True)
+        products.append(torch.autograd.grad((first * v).sum(), u)[0])
+    torch.testing.assert_close(products[1], products[0], rtol=1e-3, atol=1e-3 * float(products[0].abs().max()))
+
+
+@pytest.mark.parametrize("flatten", ["module", "function", "method", "view"])
+def test_every_flattening_is_seen(flatten):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.pool = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.AvgPool2d(3)
+            self.flatten, self.head = nn.Flatten(), nn.Linear(8 * 16, 10)
+
+        def forward(self, x):
+            x = self.pool(torch.relu(self.b(torch.relu(self.a(x)))))
+            how = {"module": self.flatten, "function": lambda v: torch.flatten(v, 1), "method": lambda v: v.flatten(1)}
+            return self.head(how[flatten](x) if flatten in how else x.view(x.shape[0], -1))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        f = Net().eval()
+    g = prepare(f, images(4))
+    assert isinstance(g, Prepared), "torch refuses to view what is channels last"
+    assert sum(n.target is module._laid_out for n in g.full.graph.nodes) == 1
+    torch.testing.assert_close(gradient(g, images(5)), gradient(f, images(5)), rtol=1e-4, atol=1e-5)
+
+
+
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:vit_tiny_patch16_224"])
 def test_low_precision_on_foreign_models(name):
     f = build(name)
