@@ -32,7 +32,7 @@ def _over_largest(d: Tensor) -> tuple[Tensor, Tensor]:
     Squares of the quotients neither overflow nor all vanish, however small or large a gradient is.
     """
     flat = _flat(d)
-    largest = torch.linalg.vector_norm(flat, torch.inf, dim=1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)
+    largest = flat.abs().amax(1, keepdim=True).clamp_min(torch.finfo(d.dtype).tiny)  # a tenth of vector_norm's time
     return flat / largest, largest
 
 
@@ -235,19 +235,20 @@ def to_hyperplane(x: Tensor, w: Tensor, c: Tensor, norm: str) -> Tensor:
         return (v.sign() * torch.zeros_like(part).scatter_(1, order, part)).view_as(x)
     if norm not in ("linf", "l2"):
         raise ValueError(f"no projection on a hyperplane in '{norm}'; expected one of linf, l2, l1")
-    rate = size if norm == "l2" else (size > 0).to(x.dtype)
+    tiny, most = torch.finfo(x.dtype).tiny, torch.finfo(x.dtype).max
+    rate = size if norm == "l2" else 1.0
     gain, pull = size * room, size * rate
-    at_bound = size == 0
+    t, step, free, part = torch.zeros_like(need), torch.zeros_like(size), torch.empty_like(size), torch.empty_like(size)
     for _ in range(size.shape[1] + 1):
-        spent = torch.where(at_bound, gain, torch.zeros_like(gain)).sum(1, keepdim=True)
-        slope = torch.where(at_bound, torch.zeros_like(pull), pull).sum(1, keepdim=True)
-        t = (need - spent).clamp_min(0) / slope.clamp_min(torch.finfo(x.dtype).tiny)
-        t = t.clamp_max(torch.finfo(x.dtype).max)  # a gradient of zero: as far as there is room
-        reached = at_bound | (t * rate > room)
-        if bool((reached == at_bound).all()):
+        torch.sub(room, step, out=free).mul_(most).clamp_(0, 1)  # 0 at the bound, else 1; a comparison takes five times as long
+        spent = torch.addcmul(gain, free, gain, value=-1, out=part).sum(1, keepdim=True)
+        slope = torch.mul(free, pull, out=part).sum(1, keepdim=True)
+        further = ((need - spent).clamp_min_(0) / slope.clamp_min_(tiny)).clamp_max_(most)  # a gradient of zero: all the room
+        if bool((further <= t).all()):
             break
-        at_bound = reached
-    return (v.sign() * torch.where(at_bound, room, t * rate)).view_as(x)
+        t = torch.maximum(t, further)
+        step = torch.minimum(t * rate, room)
+    return (v.sign() * step).view_as(x)
 
 
 def steepest(g: Tensor, norm: str) -> Tensor:

@@ -85,7 +85,9 @@ def test_gradients_come_through_a_flattening_channels_last(shape):
     f = small()
     g, x = prepare(f, images(4, shape)), images(5, shape)
     seen = []
-    g.full.pool.register_full_backward_hook(lambda m, into, out: seen.append(out[0].is_contiguous(memory_format=torch.channels_last)))
+    g.full.pool.register_full_backward_hook(
+        lambda m, into, out: seen.append(out[0].is_contiguous(memory_format=torch.channels_last))
+    )
     gradient(g.full, x)
     assert seen == [True]
     v, products = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)), []
@@ -118,7 +120,6 @@ def test_every_flattening_is_seen(flatten):
     assert isinstance(g, Prepared), "torch refuses to view what is channels last"
     assert sum(n.target is module._laid_out for n in g.full.graph.nodes) == 1
     torch.testing.assert_close(gradient(g, images(5)), gradient(f, images(5)), rtol=1e-4, atol=1e-5)
-
 
 
 @pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:vit_tiny_patch16_224"])
