@@ -679,6 +679,11 @@ def with_rows(attack: Attack, rows: int | None) -> Any:
     return rebuild(attack, lambda name, v: rows if v is None and name == "rows" else v)
 
 
+def speculating(attack: Attack) -> Any:
+    """The attack, and those inside it, told that there are few images to fill a pass with, where that is open to them."""
+    return rebuild(attack, lambda name, v: True if name == "speculate" else v)
+
+
 def walk(part: Any) -> Iterator[Any]:
     """All parts of a tree, the root first."""
     if isinstance(part, tuple):

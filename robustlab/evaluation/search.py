@@ -23,7 +23,7 @@ from robustlab.evaluation.judge import Judge, right, trusted
 from robustlab.evaluation.prepare import prepare
 from robustlab.modes import ambient, bn_mode, full_precision, tf32, unwrap
 from robustlab.rng import Rng
-from robustlab.types import Attack, Classifier, Threat, UserError, with_rows, with_threat
+from robustlab.types import Attack, Classifier, Threat, UserError, speculating, with_rows, with_threat
 
 
 @dataclass
@@ -113,6 +113,7 @@ class Search:
             found.verified(rows[looked], counter, len(false))
             if len(rows := rows[false]) == 0:
                 break
+            attack = speculating(attack)  # one or two of a batch, as a rule: proposal by proposal they would take as long as all
         if copies and self.copies.get("bf16") is self.f:
             found.flags.append("searched in float32: the model has no copy in bfloat16 to be trusted")
         found.seconds = self.judge.clock() - start

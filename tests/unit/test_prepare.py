@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -286,8 +287,11 @@ class Climb(Attack):
     name, norms = "climb", ("linf",)
     norm: str | None = None
     eps: float | None = None
+    speculate: bool = False
+    told: ClassVar[list[tuple[int, bool]]] = []
 
     def run(self, f, x, y, rng):
+        self.told.append((len(x), self.speculate))
         out = x.clone()
         for k in range(1, 5):
             with torch.no_grad():
@@ -303,7 +307,9 @@ def test_a_false_success_saves_no_sample(tmp_path, monkeypatch):
     f = Coarse()
     assert isinstance(prepare(f, x, "bf16"), Prepared)
     high = evaluate(f, (x, y), suite, threat=threat)
+    Climb.told.clear()
     low = evaluate(f, (x, y), suite, threat=threat, precision="bf16", out=tmp_path)
+    assert Climb.told == [(7, False), (2, True)], "few are searched again, and the attack is told so"
     assert high.robust.tolist() == low.robust.tolist() == [True] * 4 + [False, True, False]
     line = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])
     assert line["unverified"] == 2
