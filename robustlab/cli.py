@@ -108,7 +108,10 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(min=0, help="Of all draws; default: the suite's, else 0.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per attack call.")] = 128,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    precision: Annotated[str, typer.Option(help="Of the attack's search: fp32 or bf16. Scores are always in float32.")] = "fp32",
+    precision: Annotated[
+        str,
+        typer.Option(help="Of the attacks' search: fp32, bf16, or auto: bf16 where the hardware has it. Scores are in float32."),
+    ] = "fp32",
     out: Annotated[Path, typer.Option(help="Folder for ledgers and records.")] = Path("evaluations"),
     resume: Resume = False,
     reliability: Annotated[

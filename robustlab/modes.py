@@ -90,6 +90,14 @@ def tf32(device: torch.device) -> bool:
     return device.type == "cuda" and any(getattr(switch, name) == on for switch in switches)
 
 
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself: GPUs since Ampere, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
+
+
 def _precision_switches() -> tuple[tuple[Any, ...], str, Any, Any]:
     """The switches of TF32, the attribute of each, and its values for on and off."""
     backends = torch.backends

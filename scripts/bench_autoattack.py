@@ -151,7 +151,10 @@ def main() -> int:
     parser.add_argument("--first-block", type=int, default=0)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["reference", "exact", "bf16", "fast", "quick", "screen"])
     parser.add_argument(
-        "--precision", choices=("bf16", "fp32"), default="bf16", help="of fast, quick and screen; bf16 pays with AMX or a GPU"
+        "--precision",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="of fast, quick and screen; bf16 where hardware has it",
     )
     parser.add_argument("--audit", type=int, default=0, help="samples that fast, quick and screen audit; its time is in theirs")
     parser.add_argument("--second-seed", action="store_true", help="run the reference once more, under another seed")

@@ -175,7 +175,7 @@ def table(eps: float) -> Iterator[Row]:
             "foolbox": foolbox(f"{name}FMNAttack", steps=100),
             "adv-lib": adv_lib("fmn", norm=P[norm], steps=100)})  # fmt: skip
     for norm in ("linf", "l2"):
-        yield Row("fab", norm, None, "20 steps", {"steps": 20}, {
+        yield Row("fab", norm, None, "20 steps", {"steps": 18}, {
             "torchattacks": torchattack("FAB", norm=norm.capitalize(), eps=1e3, steps=20),
             "adv-lib": adv_lib("fab", norm=P[norm], n_iter=20)}, examples=200)  # fmt: skip
     yield Row("cw", "l2", None, "9 x 100 steps", {"steps": 100}, {

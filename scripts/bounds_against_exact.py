@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -38,7 +38,7 @@ def exact_ledger(folder: Path, run: str) -> Path | None:
     return None
 
 
-def measure(run: Path, ledger: Path) -> dict[str, Any]:
+def measure(run: Path, ledger: Path, precision: Literal["fp32", "bf16"]) -> dict[str, Any]:
     """Verdicts and passes of every suite on the images of an exact evaluation."""
     record, robust = read_record(ledger.with_name("record.json")), rederive(ledger).robust
     assert robust is not None
@@ -48,7 +48,8 @@ def measure(run: Path, ledger: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(robust), "autoattack": {"robust": robust.int().tolist(), "passes": passes(record.cost)}}
     f, threat = load_model(run / "best.safetensors").eval(), Threat(record.threat.norm, record.threat.eps)
     for suite in SUITES:
-        result = evaluate(f, (x, y), suite, threat=threat, seed=record.seed, batch_size=record.batch_size, audit=0)
+        how: dict[str, Any] = {"seed": record.seed, "batch_size": record.batch_size, "precision": precision}
+        result = evaluate(f, (x, y), suite, threat=threat, audit=0, **how)
         assert result.robust is not None
         found[suite] = {"robust": result.robust.int().tolist(), "passes": passes(result.cost)}
         found[suite]["seconds"] = result.cost["seconds"]
@@ -82,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=[], help="names of runs")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the cheap suites' search")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,7 +91,7 @@ def main() -> None:
     for run in sorted((args.folder / "runs").iterdir()):
         ledger = exact_ledger(args.folder, run.name)
         if ledger is not None and run.name not in found and (not args.only or run.name in args.only):
-            found[run.name] = measure(run, ledger)
+            found[run.name] = measure(run, ledger, args.precision)
             write_json(args.out, found)
             print(run.name, flush=True)
     print(summary(found))

@@ -36,7 +36,7 @@ from robustlab.evaluation.shards import LEDGER, check_shard, mine, share
 from robustlab.evaluation.sources import open_source
 from robustlab.evaluation.threats import threats_of
 from robustlab.files import exclusive
-from robustlab.modes import frozen
+from robustlab.modes import frozen, native_bf16
 from robustlab.types import BoundSuite, Classifier, Suite, Threat, UserError
 
 
@@ -49,7 +49,7 @@ def evaluate(
     seed: int | None = None,
     batch_size: int = 128,
     device: torch.device | str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["fp32", "bf16", "auto"] = "fp32",
     num_examples: int | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -72,8 +72,8 @@ def evaluate(
         seed: of all draws; None takes the suite's, else 0.
         batch_size: images per attack call. No verdict of an attack that is not ``coupled`` depends on it (in exact arithmetic).
         device: where to compute; a module is moved there. None: where its parameters are.
-        precision: of the search. Scores are always in full precision, and a sample that only bfloat16 sees fooled is searched
-            again in float32.
+        precision: of the search; ``auto``: ``bf16`` where the hardware multiplies it itself, else ``fp32``. Scores are always in
+            full precision, and a sample that only bfloat16 sees fooled is searched again in float32.
         num_examples: the first so many images; None takes the suite's number, else all.
         out: folder for ``ledger.jsonl``; this process holds the folder meanwhile.
         resume: go on with the ledger in ``out``, if there is one.
@@ -101,8 +101,8 @@ def evaluate(
     for what, value in (("num_examples", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{what} must be at least 1, got {value}")
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"unknown precision '{precision}'; expected fp32 or bf16")
+    if precision not in ("fp32", "bf16", "auto"):
+        raise UserError(f"unknown precision '{precision}'; expected fp32, bf16 or auto")
     threats = threats_of(plan, threat)
     exact = exact_suite(plan, shard, audit, audit_bound)
     source = open_source(data)
@@ -110,6 +110,8 @@ def evaluate(
     if shard is not None:
         check_shard(shard, size, batch_size)
     judge = Judge(f, device, source.num_classes)
+    if precision == "auto":
+        precision = "bf16" if native_bf16(judge.device) else "fp32"
     corrupted = Corrupted(plan, threat, source.data, size, seed)
     resolved = config.dump(plan) | ({} if corrupted.official is None else {"files": corrupted.official.fingerprint})
     header = {

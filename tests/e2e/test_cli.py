@@ -207,7 +207,7 @@ def test_evaluate_a_run(here, trained, capsys):
         (["--suite", "pgd-20", "--eps", "nan"], "eps must be a finite number >= 0, got nan"),
         (["--suite", "pgd-20", "--norm", "l3"], "--norm l3: expected one of linf, l2, l1, l0"),
         (["--suite", "pgd-20", "--data", "mnst"], "unknown dataset 'mnst' (did you mean 'mnist'?)"),
-        (["--suite", "pgd-20", "--precision", "fp8"], "unknown precision 'fp8'; expected fp32 or bf16"),
+        (["--suite", "pgd-20", "--precision", "fp8"], "unknown precision 'fp8'; expected fp32, bf16 or auto"),
         (["--suite", "pgd-20", "--device", "tpu"], "device: 'tpu' is not available here"),
     ],
 )

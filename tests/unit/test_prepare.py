@@ -14,9 +14,10 @@ from robustlab import config
 from robustlab.attacks.apgd import APGD
 from robustlab.attacks.square import Square
 from robustlab.evaluation import prepare as module
+from robustlab.evaluation.copies import graph, packed
 from robustlab.evaluation.prepare import Prepared, prepare
 from robustlab.evaluation.runner import evaluate
-from robustlab.modes import bn_mode
+from robustlab.modes import bn_mode, native_bf16
 from robustlab.suites.autoattack import AutoAttack
 from robustlab.taps import tapped
 from robustlab.types import Attack, Suite, Tap, Threat
@@ -119,7 +120,7 @@ def test_every_flattening_is_seen(flatten):
         f = Net().eval()
     g = prepare(f, images(4))
     assert isinstance(g, Prepared), "torch refuses to view what is channels last"
-    assert sum(n.target is module._laid_out for n in g.full.graph.nodes) == 1
+    assert sum(n.target is graph.laid_out for n in g.full.graph.nodes) == 1
     torch.testing.assert_close(gradient(g, images(5)), gradient(f, images(5)), rtol=1e-4, atol=1e-5)
 
 
@@ -220,7 +221,7 @@ def test_a_copy_that_raises_is_not_made(monkeypatch):
 
 def test_a_packing_that_is_wrong_is_dropped(monkeypatch):
     f, x = small(), images()
-    monkeypatch.setattr(module._Packed, "forward", lambda self, x: 1 / 0)
+    monkeypatch.setattr(packed.Packed, "forward", lambda self, x: 1 / 0)
     with torch.no_grad():
         assert torch.allclose(prepare(f, x)(x), f(x), atol=1e-4)
 
@@ -328,3 +329,25 @@ def test_autoattack_searched_in_bfloat16_gives_the_verdicts_of_float32():
     high, low = (evaluate(f, (x, y), suite, threat=Threat("linf", 2 / 255), precision=p) for p in ("fp32", "bf16"))
     assert 0 < high.robust_accuracy < 1
     assert int((high.robust != low.robust).sum()) <= 1
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_is_bfloat16_where_the_hardware_has_it(native, monkeypatch):
+    monkeypatch.setattr("robustlab.evaluation.runner.native_bf16", lambda device: native)
+    f, x = small(), images(4)
+    result = evaluate(f, (x, f(x).argmax(1)), Suite(attacks=(APGD(steps=2),)), threat=Threat("linf", 0.01), precision="auto")
+    assert result.precision == ("bf16" if native else "fp32")
+
+
+def test_what_the_hardware_has_is_what_torch_finds(monkeypatch):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        for other in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            monkeypatch.setattr(torch.cpu, other, lambda found=other == name: found, raising=False)
+        assert native_bf16(torch.device("cpu"))
+        monkeypatch.delattr(torch.cpu, name)
+        assert not native_bf16(torch.device("cpu"))
+        monkeypatch.undo()
+    assert not native_bf16(torch.device("meta"))
+    for capability, expected in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert native_bf16(torch.device("cuda")) == expected
