@@ -785,7 +785,7 @@ def test_bad_settings_are_one_line(linear):
     f, x, y = linear
     one_line("num_examples must be at least 1", f, (x, y), num_examples=0)
     one_line("batch_size must be at least 1", f, (x, y), batch_size=0)
-    one_line("expected fp32 or bf16", f, (x, y), precision="fp16")
+    one_line("expected fp32, bf16 or auto", f, (x, y), precision="fp16")
     one_line("unknown device 'gpu'", f, (x, y), device="gpu")
     one_line("suite 'toy': give norm and eps", f, (x, y), threat=None)
     one_line("give norm of", f, (x, y), make_suite(WORST, eps=(0.1,)), threat=None)
