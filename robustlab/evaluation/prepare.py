@@ -3,8 +3,8 @@
     folded      BatchNorm behind a convolution or linear layer goes into its weights: w' = w g / s, b' = (b - m) g / s + h
     layout      channels last, also of gradients that come through a flattening: without it kernels would walk the layout before
                 it against its grain, an average pooling's backward at a seventh of the speed
+    packed      CPU: weights in oneDNN's own layout, addition and ReLU inside the convolution, also where gradients are taken
     entry       CPU: the input gradient of a strided first layer as a convolution
-    packed      CPU, forwards without gradient: weights in oneDNN's own layout, ReLU inside the convolution
     bf16        inner weights converted once, activations in bfloat16; the first and the last layer stay in float32: one step of
                 bfloat16 between 1/2 and 1 is 1/256, so a bfloat16 input would swallow perturbations of 1/255
 
@@ -12,7 +12,7 @@ What cannot be traced is copied as it is. The copy must prove itself on a few im
 itself is used where it does not, and where a copy cannot be trusted: anything but a module, float64 (whose results are promised to
 be exact), hooks, compiled or scripted modules, parametrizations, outputs that differ between two calls.
 
-Memory: one more copy of the weights, and on a CPU a second one, packed; in bfloat16 half of that.
+Memory: one more copy of the weights, and on a CPU two more, packed, one for each direction; in bfloat16 half of that.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from robustlab import geometry
-from robustlab.evaluation.copies.entry import Entry, suits
 from robustlab.evaluation.copies.graph import fold
-from robustlab.evaluation.copies.low import calls, lower
-from robustlab.evaluation.copies.packed import pack
+from robustlab.evaluation.copies.low import lower
+from robustlab.evaluation.copies.packing import pack
 from robustlab.modes import ambient, bn_mode, full_precision
 from robustlab.types import Classifier
 
@@ -69,12 +69,12 @@ def prepare(f: Classifier, x: Tensor, precision: str = "fp32") -> Classifier:
                 z = f(x)
                 if not torch.equal(z, f(x)):
                     return f
-            made = _make(f, x, precision)
-            if made is None or not _same_gradient(f, made, x, *NEAR[precision]):
-                return f
-            for g in (made, Prepared(f, made.full, None, precision)):  # without oneDNN's operators, which are not public
-                with torch.no_grad():
-                    if _within(z, g(x), NEAR[precision][0], "linf"):
+            for made in _copies(f, x, precision):
+                g = Prepared(f, made, precision)
+                with contextlib.suppress(Exception):  # oneDNN's operators are not public
+                    with torch.no_grad():
+                        same = _within(z, g(x), NEAR[precision][0], "linf")
+                    if same and _same_gradient(f, g, x, *NEAR[precision]):
                         return g
             return f
     except torch.OutOfMemoryError:
@@ -89,21 +89,19 @@ class Prepared:
     Attributes:
         module: the original, for those who look for layers.
         precision: in which the copy computes.
-        full, packed: what runs with and without gradients.
+        fast: the copy.
     """
 
-    def __init__(self, f: nn.Module, full: nn.Module, packed: nn.Module | None, precision: str):
-        self.module, self.precision = f, precision
-        self.full, self.packed = full, packed or full
+    def __init__(self, f: nn.Module, fast: nn.Module, precision: str):
+        self.module, self.fast, self.precision = f, fast, precision
         self._modules = list(f.modules())
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.module.training or any(m._forward_hooks or m._forward_pre_hooks for m in self._modules):
             return self.module(x)
-        differentiated = x.requires_grad and torch.is_grad_enabled()
         low = self.precision == "bf16"
         with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False) if low else contextlib.nullcontext():
-            return (self.full if differentiated else self.packed)(x)
+            return self.fast(x)
 
 
 def _trusted(f: Any) -> bool:
@@ -115,22 +113,20 @@ def _trusted(f: Any) -> bool:
     return all(v.dtype == torch.float32 for v in (*f.parameters(), *f.buffers()) if v.is_floating_point())
 
 
-def _make(f: nn.Module, x: Tensor, precision: str) -> Prepared | None:
-    full: nn.Module = copy.deepcopy(f).eval().requires_grad_(False)
-    if precision == "fp32" and sum(type(m) is nn.Conv2d for m in full.modules()) < 2:
-        return None  # nothing to fold or to lay out
+def _copies(f: nn.Module, x: Tensor, precision: str) -> Iterator[nn.Module]:
+    """What may take the place of ``f``, the fastest first."""
+    g: nn.Module = copy.deepcopy(f).eval().requires_grad_(False)
+    if precision == "fp32" and sum(type(m) is nn.Conv2d for m in g.modules()) < 2:
+        return  # nothing to fold or to lay out
     with contextlib.suppress(Exception):
-        full = fold(full)
-    full.to(memory_format=torch.channels_last)
-    if precision == "bf16" and not lower(full, x):
-        return None
-    packed = None
-    if x.device.type == "cpu" and isinstance(full, fx.GraphModule) and torch.backends.mkldnn.is_available():
+        g = fold(g)
+    g.to(memory_format=torch.channels_last)
+    if precision == "bf16" and not lower(g, x):
+        return
+    if x.device.type == "cpu" and isinstance(g, fx.GraphModule) and torch.backends.mkldnn.is_available():
         with contextlib.suppress(Exception):
-            packed = pack(full, x)
-    if x.device.type == "cpu" and suits(full.get_submodule(first := calls(full, x)[0])):
-        full.set_submodule(first, Entry(full.get_submodule(first)))  # type: ignore[arg-type]
-    return Prepared(f, full, packed, precision)
+            yield pack(g, x)
+    yield g
 
 
 def _same_gradient(f: Classifier, g: Classifier, x: Tensor, near: float, near_gradient: float) -> bool:

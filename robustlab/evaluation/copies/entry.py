@@ -11,54 +11,37 @@ vectors. The identity: Shi et al., CVPR 2016, arXiv:1609.05158, section 3 and it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def suits(layer: nn.Module) -> bool:
-    """Whether the input gradient of this layer can be had, and is better had, in this way."""
-    if type(layer) is not nn.Conv2d or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-        return False
-    stride, plain = layer.stride[0], layer.groups == 1 and layer.dilation == (1, 1)
-    return plain and layer.stride == (stride, stride) and stride > 1 and layer.in_channels <= 4
-
-
-class Entry(nn.Module):
-    """A convolution that ``suits``, for images (N, C, H, W); its weights get no gradient.
+class Phases:
+    """The input gradient of a convolution that it ``suit``s, for outputs (N, O, H, W).
 
     Args:
-        layer: whose weights it takes.
+        layer: the convolution.
     """
 
     def __init__(self, layer: nn.Conv2d):
-        super().__init__()
-        self.layer = layer
-        self.back, self.before = _phases(layer.weight.detach(), layer.stride[0], layer.padding)  # type: ignore[arg-type]
+        self.stride = layer.stride[0]
+        self.weight, self.before = _phases(layer.weight.detach(), self.stride, layer.padding)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _Convolved.apply(x, self) if x.requires_grad else self.layer(x)
+    @staticmethod
+    def suit(layer: nn.Conv2d) -> bool:
+        """Whether the gradient can be had, and is better had, in this way."""
+        plain = (
+            layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        )
+        return plain and layer.stride[0] == layer.stride[1] > 1 and layer.in_channels <= 4
 
-    def gradient(self, g: Tensor, shape: torch.Size) -> Tensor:
-        """dL/dx for dL/dy."""
-        s, pads = self.layer.stride[0], []
-        for size, given, before, kernel in zip(shape[-2:], g.shape[-2:], self.before, self.back.shape[-2:], strict=True):
+    def __call__(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """dL/dx, of the given shape, for dL/dy."""
+        s, pads = self.stride, []
+        for size, given, before, kernel in zip(shape[-2:], g.shape[-2:], self.before, self.weight.shape[-2:], strict=True):
             pads.append((before, -(-size // s) - given - before + kernel - 1))
-        phases = F.conv2d(F.pad(g, (*pads[1], *pads[0])), self.back)
+        phases = F.conv2d(F.pad(g, (*pads[1], *pads[0])), self.weight)
         return F.pixel_shuffle(phases, s)[..., : shape[-2], : shape[-1]]
-
-
-class _Convolved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, entry: Entry) -> Tensor:
-        ctx.entry, ctx.shape = entry, x.shape
-        return entry.layer(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.entry.gradient(g, ctx.shape), None
 
 
 def _phases(weight: Tensor, s: int, padding: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

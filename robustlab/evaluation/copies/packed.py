@@ -1,58 +1,106 @@
-"""A second graph for forwards without gradients on a CPU: convolutions with their weights in oneDNN's layout and ReLU inside."""
+"""A convolution for a CPU, its weights in oneDNN's layout, an addition and a ReLU inside; the weights get no gradient.
+
+    y      = relu(C x + b + z)                 one kernel; b, z and relu where there are any
+    dL/dx  = C^T (dL/dy [y > 0]),  dL/dz = dL/dy [y > 0]
+
+C^T has weights of its own in that layout: PyTorch would bring those of C into it at each call, both ways, which for 512 channels on
+4 x 4 pixels takes longer than the convolution. C and C^T are each other's adjoint, so gradients of gradients are had too.
+"""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from robustlab.evaluation.copies.graph import pairs
-from robustlab.evaluation.copies.low import First, inputs
-
-_RELU = {torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_"}
+from robustlab.evaluation.copies.entry import Phases
 
 
 class Packed(nn.Module):
-    """A convolution with its weights in oneDNN's layout, and a ReLU where ``relu``; no gradient."""
+    """A convolution for images (N, C, H, W), channels last.
 
-    def __init__(self, layer: nn.Conv2d, shape: torch.Size, relu: bool, out: torch.dtype):
+    Args:
+        layer: whose weights it takes.
+        shape: of its images; of other shapes they may be too, only slower.
+        out: the dtype that it hands on.
+
+    Attributes:
+        relu: whether a ReLU follows.
+    """
+
+    def __init__(self, layer: nn.Conv2d, shape: torch.Size, out: torch.dtype):
         super().__init__()
-        self.how = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        self.dtype, self.out, self.attr = layer.weight.dtype, out, "relu" if relu else "none"
+        weight = layer.weight.detach()
+        self.how: Any = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        self.reach = tuple(d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+        self.dtype, self.out, self.relu = weight.dtype, out, False
         self.bias = None if layer.bias is None else layer.bias.detach()
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(layer.weight.detach(), *self.how, list(shape))
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.how, list(shape))
+        self.phases = Phases(layer) if Phases.suit(layer) else None
+        if self.phases is None:
+            rows: Any = zip(shape[-2:], *self.how[:2], self.reach, strict=True)
+            sizes = [(n + 2 * p - r) // s + 1 for n, p, s, r in rows]
+            given = (shape[0], layer.out_channels, *sizes)
+            self.back = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *self._back(shape, given), given)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.ops.mkldnn._convolution_pointwise(x.to(self.dtype), self.weight, self.bias, *self.how, self.attr, [], "")
-        return x.to(self.out)
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        x = x.to(self.dtype)
+        return (_Fused.apply(x, z, self) if torch.is_grad_enabled() else self.fused(x, z)).to(self.out)
+
+    def fused(self, x: Tensor, z: Tensor | None) -> Tensor:
+        """relu(C x + b + z)."""
+        how, relu = (self.weight, self.bias, *self.how), "relu" if self.relu else None
+        if z is None:
+            return torch.ops.mkldnn._convolution_pointwise(x, *how, relu or "none", [], "")
+        return torch.ops.mkldnn._convolution_pointwise(x, z, *how, "add", None, relu, [], "")
+
+    def linear(self, x: Tensor) -> Tensor:
+        """C x."""
+        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, None, *self.how, "none", [], "")
+
+    def adjoint(self, g: Tensor, shape: torch.Size) -> Tensor:
+        """C^T g, of this shape."""
+        if self.phases is not None:
+            return self.phases(g, shape)
+        g, how = g.contiguous(memory_format=torch.channels_last), self._back(shape, g.shape)
+        return torch.ops.mkldnn._convolution_transpose_pointwise(g, self.back, None, *how, "none", [], "")
+
+    def _back(self, shape: Sequence[int], given: Sequence[int]) -> Any:
+        """How C^T is computed. Rows and columns of the images that the last window does not reach are zero in its result."""
+        padding, stride, dilation, groups = self.how
+        rows = zip(shape[-2:], given[-2:], padding, self.reach, stride, strict=True)
+        return padding, [n - ((m - 1) * s - 2 * p + r) for n, m, p, r, s in rows], stride, dilation, groups
 
 
-def pack(g: fx.GraphModule, x: Tensor) -> fx.GraphModule:
-    """A second graph over the modules of ``g``, its convolutions packed."""
-    shapes = dict(inputs(g, x, (nn.Conv2d,)))
-    h = fx.GraphModule(g, copy.deepcopy(g.graph))
-    followed = {before: node for before, node in pairs(h) if _is_relu(h, node)}
-    for node in list(h.graph.nodes):
-        if node.op != "call_module":
-            continue
-        outer = h.get_submodule(node.target)
-        inside = isinstance(outer, First)
-        layer = outer.layer if isinstance(outer, First) else outer
-        shape = shapes.get(f"{node.target}.layer" if inside else node.target)
-        if type(layer) is not nn.Conv2d or shape is None or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            continue
-        relu = followed.get(node)
-        h.set_submodule(node.target, Packed(layer, shape, relu is not None, torch.bfloat16 if inside else layer.weight.dtype))
-        if relu is not None:
-            relu.replace_all_uses_with(node)
-            h.graph.erase_node(relu)
-    h.delete_all_unused_submodules()
-    h.recompile()
-    return h.eval()
+class _Fused(torch.autograd.Function):
+    """relu(C x + b + z)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, layer: Packed) -> Tensor:
+        y = layer.fused(x, z)
+        ctx.layer, ctx.shape, ctx.added = layer, x.shape, z is not None
+        if layer.relu:
+            ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.layer.relu:
+            g = torch.ops.aten.threshold_backward(g, *ctx.saved_tensors, 0)
+        x = _Linear.apply(g, ctx.layer, ctx.shape) if ctx.needs_input_grad[0] else None
+        return x, g if ctx.added else None, None
 
 
-def _is_relu(g: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(g.get_submodule(str(node.target))) is nn.ReLU
-    return node.op in ("call_function", "call_method") and node.target in _RELU
+class _Linear(torch.autograd.Function):
+    """C^T g of images of the given shape; C x where that is None."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, layer: Packed, shape: torch.Size | None) -> Tensor:
+        ctx.layer, ctx.back = layer, v.shape if shape is None else None
+        return layer.linear(v) if shape is None else layer.adjoint(v, shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return _Linear.apply(g, ctx.layer, ctx.back), None, None
