@@ -679,9 +679,13 @@ def with_rows(attack: Attack, rows: int | None) -> Any:
     return rebuild(attack, lambda name, v: rows if v is None and name == "rows" else v)
 
 
-def speculating(attack: Attack) -> Any:
-    """The attack, and those inside it, told that there are few images to fill a pass with, where that is open to them."""
-    return rebuild(attack, lambda name, v: True if name == "speculate" else v)
+def speculating(attack: Attack, lookahead: int | None = None) -> Any:
+    """The attack, and those inside it, told that there are few images to fill a pass with, and how many points of each would.
+
+    ``lookahead`` is for those that have none of their own.
+    """
+    told = {"speculate": lambda v: True, "lookahead": lambda v: lookahead if v is None else v}
+    return rebuild(attack, lambda name, v: told[name](v) if name in told else v)
 
 
 def walk(part: Any) -> Iterator[Any]:

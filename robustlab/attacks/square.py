@@ -39,6 +39,7 @@ from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Count, Fraction, NonNegative, Norm
 
 SCHEDULE = 10_000  # queries that the window sizes were made for
+LOOKAHEAD = 16  # proposals judged at once where a pass takes hardly longer for them than for one
 
 
 @register("square", cite="Andriushchenko, Croce, Flammarion, Hein, ECCV 2020, arXiv:1912.00049")
@@ -52,9 +53,10 @@ class Square(Attack):
         norm, eps: the threat model; None takes the surrounding one.
         queries: proposals for each sample.
         p_init: the share of the image that the first windows cover.
-        speculate: judge up to 16 proposals of a sample at once. The same results from a fifth of the forward passes, larger
-            ones, with about a sixth more rows in all: worth it where few samples are left to fill a pass. On a GPU it always
-            does: a pass takes as long there for one row as for hundreds.
+        speculate: judge several proposals of a sample at once. The same results from a fraction of the forward passes, larger
+            ones, with more rows in all: worth it where few samples are left to fill a pass. On a GPU it always does: a pass
+            takes as long there for one row as for hundreds.
+        lookahead: how many proposals at once, at most; None: 16 (a fifth of the passes, about a sixth more rows).
         rows: images in one pass when speculating, at most (but one sample's proposals stay together); None: as many as there are
             samples.
         rescale: run through the schedule of window sizes, which was made for 10,000 queries, in the queries there are; AutoAttack
@@ -68,6 +70,7 @@ class Square(Attack):
     queries: Count = 5000
     p_init: Fraction = 0.8
     speculate: bool = dataclasses.field(default=False, compare=False)  # how, not what: verdicts are the same
+    lookahead: Count | None = dataclasses.field(default=None, compare=False)
     rows: Count | None = dataclasses.field(default=None, compare=False)
     rescale: bool = False
 
@@ -85,7 +88,7 @@ class Square(Attack):
         s = square_walk.Search(row, base, c[row], out[row], value[row], out, cost, asked)
         how = square_walk.How(norm, eps, self.queries, self.p_init, SCHEDULE / self.queries if self.rescale else 1.0, rng)
         if self.speculate or x.device.type != "cpu":
-            square_ahead.ahead(f, s, how, self.rows or len(x))
+            square_ahead.ahead(f, s, how, self.rows or len(x), self.lookahead or LOOKAHEAD)
         else:
             square_walk.in_step(f, s, how)
             asked = cost[:, 0]

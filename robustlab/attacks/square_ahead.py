@@ -9,14 +9,12 @@ from robustlab.attacks.square_proposals import Move, propose
 from robustlab.attacks.square_walk import BLOCK, How, Search, better, judge
 from robustlab.types import Classifier
 
-WIDE = 16  # proposals of a sample that are judged at once, at most
-
 
 class _Pace:
     """Where each sample is in its own sequence of proposals: kept on the CPU, but for the moves of the block that it is in."""
 
-    def __init__(self, s: Search, how: How):
-        n, self.how, self.shape = len(s.row), how, s.out.shape
+    def __init__(self, s: Search, how: How, lookahead: int):
+        n, self.how, self.lookahead, self.shape = len(s.row), how, lookahead, s.out.shape
         self.query, self.refused = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
         self.block = torch.zeros(n, dtype=torch.long)  # that the moves are of
         self.moves = how.moves(s.row, 0, self.shape)
@@ -24,7 +22,7 @@ class _Pace:
     def counts(self, rows: int) -> Tensor:
         """How many proposals the next pass judges of each of the first samples, which is as many as fit into ``rows``."""
         most = torch.minimum(BLOCK - self.query % BLOCK, self.how.queries - self.query)
-        count = (1 + self.refused).clamp_max(WIDE).minimum(most)
+        count = (1 + self.refused).clamp_max(self.lookahead).minimum(most)
         return count[: max(int((count.cumsum(0) <= rows).sum()), 1)]
 
     def moves_of(self, row: Tensor, who: Tensor, query: Tensor) -> Move:
@@ -51,13 +49,13 @@ class _Pace:
         self.moves = tuple(v[left.to(v.device)] for v in self.moves)
 
 
-def ahead(f: Classifier, s: Search, how: How, rows: int) -> None:
-    """Each sample at its own pace: as many proposals at once as it has refused in a row, and one. It decides as ``in_step`` does.
+def ahead(f: Classifier, s: Search, how: How, rows: int, lookahead: int) -> None:
+    """Each sample at its own pace: as many proposals at once as it has refused in a row, and one, but at most ``lookahead``.
 
-    Proposals behind the first that is kept were judged in vain. A pass takes the first samples whose proposals fit into ``rows``;
-    what a sample costs does not depend on the others.
+    It decides as ``in_step`` does. Proposals behind the first that is kept were judged in vain. A pass takes the first samples
+    whose proposals fit into ``rows``; what a sample costs does not depend on the others.
     """
-    pace, device = _Pace(s, how), s.row.device
+    pace, device = _Pace(s, how, lookahead), s.row.device
     sides = torch.tensor([how.side(q, s.out.shape) for q in range(how.queries)])
     while len(s.row):
         count = pace.counts(rows)

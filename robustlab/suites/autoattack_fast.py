@@ -34,7 +34,7 @@ class AutoAttackFast(BoundSuite):
     """
 
     exact: str = "autoattack"
-    attacks: tuple[Attack, ...] = (Screen(), *AutoAttack.attacks[:3], Square(speculate=True))
+    attacks: tuple[Attack, ...] = (Screen(), *AutoAttack.attacks[:3], Square(speculate=True, lookahead=16))
     near: Positive = 0.1
     audit: Whole = 60
 

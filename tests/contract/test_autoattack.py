@@ -397,6 +397,9 @@ def test_speculating_changes_nothing_but_the_cost(norm):
     alone, cost, _ = attack_counted(dataclasses.replace(attack, speculate=True), f, x[some], y[some], some)
     assert torch.equal(alone, ahead[some])
     assert torch.equal(cost["passes"], more["passes"][some]), "what a sample costs does not depend on the others"
+    narrow, info, less = attack_counted(dataclasses.replace(attack, speculate=True, lookahead=3), f, x, y)
+    assert torch.equal(narrow, plain)
+    assert counted[0] < less[0] < total[0], "fewer at once, fewer in vain"
 
 
 def test_speculating_alone_takes_a_fraction_of_the_calls():

@@ -296,10 +296,11 @@ class Climb(Attack):
     norm: str | None = None
     eps: float | None = None
     speculate: bool = False
-    told: ClassVar[list[tuple[int, bool]]] = []
+    lookahead: int | None = None
+    told: ClassVar[list[tuple[int, bool, int | None]]] = []
 
     def run(self, f, x, y, rng):
-        self.told.append((len(x), self.speculate))
+        self.told.append((len(x), self.speculate, self.lookahead))
         out = x.clone()
         for k in range(1, 5):
             with torch.no_grad():
@@ -317,7 +318,7 @@ def test_a_false_success_saves_no_sample(tmp_path, monkeypatch):
     high = evaluate(f, (x, y), suite, threat=threat)
     Climb.told.clear()
     low = evaluate(f, (x, y), suite, threat=threat, precision="bf16", out=tmp_path)
-    assert Climb.told == [(7, False), (2, True)], "few are searched again, and the attack is told so"
+    assert Climb.told == [(7, False, None), (2, True, None)], "few are searched again, and the attack is told so"
     assert high.robust.tolist() == low.robust.tolist() == [True] * 4 + [False, True, False]
     line = json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[-1])
     assert line["unverified"] == 2
@@ -327,6 +328,18 @@ def test_a_false_success_saves_no_sample(tmp_path, monkeypatch):
     )
     blind = evaluate(f, (x, y), suite, threat=threat, precision="bf16")
     assert bool(blind.robust[4]), "without the second run the sample would pass for robust"
+
+
+def test_few_samples_fill_a_pass_in_bfloat16_with_several_proposals_each():
+    level = torch.tensor([0.9, 0.85, 0.95, 0.9, 0.8, 0.8, 0.9])
+    x, y = level.view(-1, 1, 1, 1).expand(-1, 1, 4, 4).contiguous(), torch.zeros(7, dtype=torch.long)
+    for n, attack, precision, told in (
+        *((7, Climb(), "bf16", (False, None)), (6, Climb(), "bf16", (True, 2)), (1, Climb(), "bf16", (True, 12))),
+        *((1, Climb(), "fp32", (False, None)), (3, Climb(speculate=True, lookahead=16), "bf16", (True, 16))),
+    ):
+        Climb.told.clear()
+        evaluate(Coarse(), (x[:n], y[:n]), Suite(attacks=(attack,)), threat=Threat("linf", 0.2), precision=precision)
+        assert Climb.told == [(n, *told)]
 
 
 def test_autoattack_searched_in_bfloat16_gives_the_verdicts_of_float32():
