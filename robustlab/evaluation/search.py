@@ -25,7 +25,7 @@ from robustlab.modes import ambient, bn_mode, full_precision, tf32, unwrap
 from robustlab.rng import Rng
 from robustlab.types import Attack, Classifier, Threat, UserError, speculating, with_rows, with_threat
 
-FULL = 12  # rows from which on a CPU works at its full speed in bfloat16: below, it waits for the weights
+FULL = 12  # rows from which on a CPU works at its full speed in bfloat16; with two it takes half as long again for each
 
 
 @dataclass
